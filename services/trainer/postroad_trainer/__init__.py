@@ -1,0 +1,1 @@
+"""The trainer service: feeder, assembler, step, publication and checkpoints of one run."""

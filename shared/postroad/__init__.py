@@ -1,0 +1,3 @@
+"""postroad: the contract between the services, and the only code that they have in common."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,18 @@
+"""The road: JetStream streams, durable publishing, work consumers and replay."""
+
+from postroad.bus.bus import AlreadyPublished, Bus, BusError, LoggedMessage
+from postroad.bus.streams import STREAMS, Subjects
+from postroad.bus.work import Hop, Reject, RetryLater, work
+
+__all__ = [
+    "STREAMS",
+    "AlreadyPublished",
+    "Bus",
+    "BusError",
+    "Hop",
+    "LoggedMessage",
+    "Reject",
+    "RetryLater",
+    "Subjects",
+    "work",
+]

@@ -1,0 +1,185 @@
+"""A hop of the road: take a message, work on it with heartbeats, and acknowledge it only after its effect is durable."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+from postroad.bus.bus import FETCH_S, Bus, BusError
+from postroad.bus.claims import ClaimLost
+from postroad.messages import DeadLetter, DeadReason, Message, SchemaError
+from postroad.telemetry.tracing import span_from_headers
+
+logger = logging.getLogger(__name__)
+
+ACK_DEADLINE_S = 5.0
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class RetryLater(Exception):
+    """The work failed for a reason that is not the message's: deliver it again. `reason` is counted."""
+
+    def __init__(self, reason: DeadReason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class Reject(Exception):
+    """The message can't ever be worked on: to DEAD with `reason`, at once."""
+
+    def __init__(self, reason: DeadReason, detail: str = "") -> None:
+        super().__init__(detail or reason)
+        self.reason = reason
+
+
+@dataclass
+class Hop:
+    """One kind of work. `handler` returns when its output is acknowledged, or raises RetryLater or Reject."""
+
+    stream: str
+    name: str
+    stage: str
+    handler: Callable[[Message], Awaitable[None]]
+    concurrency: int
+    ack_wait_s: float = 10.0
+    deliveries: int = 20
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+
+async def work(bus: Bus, hop: Hop, stop: asyncio.Event) -> None:
+    """Run `hop` until `stop` is set; then finish what is in hand. At most `hop.concurrency` messages are in hand."""
+    slots = asyncio.Semaphore(hop.concurrency)
+    async with asyncio.TaskGroup() as group:
+        while not stop.is_set():
+            subscription = await _subscribe(bus, hop)
+            try:
+                await _pump(bus, hop, stop, subscription, slots, group)
+            except (NatsError, BusError) as error:
+                logger.info("%s: consumer lost (%r); subscribing again", hop.name, error)
+                await asyncio.sleep(0.2)
+
+
+async def _subscribe(bus: Bus, hop: Hop) -> JetStreamContext.PullSubscription:
+    config = ConsumerConfig(
+        durable_name=f"{hop.name}-{bus.subjects.run}", ack_policy=AckPolicy.EXPLICIT, ack_wait=hop.ack_wait_s,
+        deliver_policy=DeliverPolicy.ALL, max_deliver=hop.deliveries + 5, max_ack_pending=10_000,
+        filter_subject=bus.subjects.all(hop.stream),
+    )  # fmt: skip
+
+    async def attempt() -> JetStreamContext.PullSubscription:
+        await bus.jetstream.add_consumer(hop.stream, config)
+        return await bus.jetstream.pull_subscribe_bind(config.durable_name, hop.stream)
+
+    return await bus._with_retries(attempt, f"subscribe {config.durable_name}")
+
+
+async def _pump(
+    bus: Bus, hop: Hop, stop: asyncio.Event, subscription: JetStreamContext.PullSubscription,
+    slots: asyncio.Semaphore, group: asyncio.TaskGroup,
+) -> None:  # fmt: skip
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        while not stop.is_set():
+            await slots.acquire()
+            fetch = asyncio.create_task(subscription.fetch(1, timeout=FETCH_S))
+            await asyncio.wait({fetch, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not fetch.done():
+                fetch.cancel()
+                slots.release()
+                return
+            try:
+                messages = fetch.result()
+            except asyncio.TimeoutError:
+                slots.release()
+                if bus.client.is_connected:
+                    await subscription.consumer_info()  # raises where a restarted server has lost the consumer
+                continue
+            except BaseException:
+                slots.release()
+                raise
+            for message in messages:
+                group.create_task(_handle_and_release(bus, hop, message, slots))
+    finally:
+        stopping.cancel()
+
+
+async def _handle_and_release(bus: Bus, hop: Hop, raw: Msg, slots: asyncio.Semaphore) -> None:
+    try:
+        await handle(bus, hop, raw)
+    except (NatsError, BusError, asyncio.TimeoutError) as error:
+        hop.count("redelivered")
+        logger.info("%s: %s goes back to the stream: %r", hop.name, raw.subject, error)
+    finally:
+        slots.release()
+
+
+async def handle(bus: Bus, hop: Hop, raw: Msg) -> None:
+    """One delivery, from decoding to acknowledgement."""
+    heartbeat = asyncio.create_task(_heartbeat(raw, hop.ack_wait_s / 3))
+    try:
+        with span_from_headers(hop.name, raw.headers):
+            try:
+                if raw.metadata.num_delivered > hop.deliveries:
+                    raise Reject("deliveries_exhausted", f"{raw.metadata.num_delivered - 1} deliveries failed")
+                message = await bus.read_payload(raw.data)
+                if message.run != bus.subjects.run:
+                    raise Reject("invalid_message", f"a message of run {message.run!r} on {raw.subject}")
+                await hop.handler(message)
+            except (SchemaError, ClaimLost) as error:
+                await _bury(bus, hop, raw, Reject("invalid_message", str(error)))
+            except Reject as rejection:
+                await _bury(bus, hop, raw, rejection)
+            except RetryLater as retry:
+                await _retry(bus, hop, raw, retry)
+            else:
+                hop.count("done")
+                await asyncio.wait_for(raw.ack_sync(timeout=ACK_DEADLINE_S), ACK_DEADLINE_S + 1)
+    finally:
+        heartbeat.cancel()
+
+
+async def _retry(bus: Bus, hop: Hop, raw: Msg, retry: RetryLater) -> None:
+    deliveries = raw.metadata.num_delivered
+    if deliveries >= hop.deliveries:
+        await _bury(bus, hop, raw, Reject(retry.reason, str(retry)))
+        return
+    hop.count(f"retry_{retry.reason}")
+    logger.warning("%s: %s again after %r", hop.name, raw.subject, retry)
+    await raw.nak(delay=BACKOFF_S[min(deliveries - 1, len(BACKOFF_S) - 1)])
+
+
+async def _bury(bus: Bus, hop: Hop, raw: Msg, rejection: Reject) -> None:
+    """To DEAD first, and only then off the stream."""
+    hop.count(f"dead_{rejection.reason}")
+    tokens = raw.subject.split(".")
+    letter = DeadLetter(
+        run=bus.subjects.run, id=f"{hop.stream}.{raw.metadata.sequence.stream}", stage=hop.stage,
+        reason=rejection.reason, error=str(rejection), group=tokens[2] if len(tokens) > 2 else "",
+        traceback="".join(traceback.format_exception(rejection)),
+        member=int(tokens[3]) if len(tokens) > 3 and tokens[3].isdigit() else None, source=raw.subject,
+        sequence=raw.metadata.sequence.stream, payload=raw.data, created=time.time(),
+    )  # fmt: skip
+    logger.error("%s: %s is dead (%s): %s", hop.name, raw.subject, rejection.reason, rejection)
+    await bus.publish(bus.subjects.dead(hop.stage), letter)
+    await raw.term()
+
+
+async def _heartbeat(raw: Msg, interval_s: float) -> None:
+    while True:
+        await asyncio.sleep(interval_s)
+        try:
+            await raw.in_progress()
+        except NatsError as error:
+            logger.info("heartbeat of %s failed: %r", raw.subject, error)

