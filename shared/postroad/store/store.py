@@ -86,12 +86,22 @@ class Store:
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), RETRIES),
             retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
         )  # fmt: skip
+        # AuthenticationError is a ConnectionError, which the client above retries: knock without retries first
+        probe = redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=Retry(ExponentialBackoff(), 0))
+        started = time.monotonic()
         try:
-            await asyncio.wait_for(client.ping(), deadline_s)
-        except AuthenticationError as error:
-            raise StoreError("Redis refuses this password: is this the Redis of another run?") from error
-        except (RedisError, OSError, asyncio.TimeoutError) as error:
-            raise StoreError(f"no Redis answered within {deadline_s:.0f} s: {error!r}") from error
+            while True:
+                try:
+                    await probe.ping()
+                    break
+                except AuthenticationError as error:
+                    raise StoreError("Redis refuses this password: is this the Redis of another run?") from error
+                except (RedisError, OSError) as error:
+                    if time.monotonic() - started > deadline_s:
+                        raise StoreError(f"no Redis answered within {deadline_s:.0f} s: {error!r}") from error
+                    await asyncio.sleep(0.1)
+        finally:
+            await probe.aclose()
         return cls(client, run)
 
     async def close(self) -> None:
