@@ -1,6 +1,6 @@
 """The road: JetStream streams, durable publishing, work consumers and replay."""
 
-from postroad.bus.bus import AlreadyPublished, Bus, BusError, LoggedMessage
+from postroad.bus.bus import AlreadyPublished, Bus, BusError, InvalidMessage, LoggedMessage
 from postroad.bus.streams import STREAMS, Subjects
 from postroad.bus.work import Hop, Reject, RetryLater, work
 
@@ -10,6 +10,7 @@ __all__ = [
     "Bus",
     "BusError",
     "Hop",
+    "InvalidMessage",
     "LoggedMessage",
     "Reject",
     "RetryLater",

@@ -11,15 +11,16 @@ from typing import TypeVar
 
 import nats
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, NoRespondersError, NoServersError
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RawStreamMsg, StreamConfig
 from nats.js.errors import APIError, BadRequestError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
-from postroad.bus.claims import check_in, check_out
+from postroad.bus.claims import ClaimLost, check_in, check_out
 from postroad.bus.streams import CLAIM_CHECK_BYTES, STREAMS, Subjects
-from postroad.messages import Message, decode, encode
+from postroad.messages import Message, SchemaError, decode, encode
 from postroad.telemetry.tracing import inject_context
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 PUBLISH_DEADLINE_S = 60.0
 ATTEMPT_S = 5.0
 FETCH_S = 5.0
+READ_BATCH = 256
 _WRONG_LAST_SEQUENCE = 10071
 _TRANSIENT = (asyncio.TimeoutError, NoRespondersError, NoStreamResponseError, ServiceUnavailableError, OSError)
 _Result = TypeVar("_Result")
@@ -47,6 +49,16 @@ class LoggedMessage:
     sequence: int
     subject: str
     message: Message
+
+
+@dataclass(frozen=True)
+class InvalidMessage:
+    """Bytes in a stream that are no message, and why."""
+
+    sequence: int
+    subject: str
+    payload: bytes
+    error: str
 
 
 class Bus:
@@ -180,10 +192,10 @@ class Bus:
 
     async def replay(
         self, stream: str, *, start: int = 1, subject_filter: str | None = None, follow: bool = False
-    ) -> AsyncIterator[LoggedMessage | None]:
+    ) -> AsyncIterator[LoggedMessage | InvalidMessage | None]:
         """Messages of this run from sequence `start`, in order. Ends at the end of the stream, or, with `follow`, yields
         None every FETCH_S seconds there and goes on. Survives a restart of the server without gap or repetition.
-        Messages that do not decode are skipped and logged: whoever consumes work dead-letters them."""
+        What does not decode is yielded as InvalidMessage, for the reader to dead-letter or to pass over."""
         subject = subject_filter or self.subjects.all(stream)
         position, end = start, await self.last_sequence(stream)
         while follow or position <= end:
@@ -191,28 +203,36 @@ class Bus:
                 lambda: self._reader(stream, subject, position), f"read {stream} from {position}"
             )
             try:
-                while follow or position <= end:
-                    try:
-                        batch = await subscription.fetch(256, timeout=FETCH_S if follow else 1.0)
-                    except (asyncio.TimeoutError, NatsError) as error:
-                        if not isinstance(error, asyncio.TimeoutError) or not self.client.is_connected:
-                            break  # the server restarted: the ephemeral consumer may be gone
-                        if not follow:
-                            return
+                pending = (await subscription.consumer_info()).num_pending or 0
+                while follow or (pending and position <= end):
+                    # a fetch of n waits for all n: ask for what is there, or for one
+                    batch = await self._fetch(subscription, min(max(pending, 1), READ_BATCH))
+                    if not batch:
                         yield None
-                        if not await self._alive(subscription):
-                            break
-                        continue
+                        pending = (await subscription.consumer_info()).num_pending or 0  # raises where it is lost
                     for raw in batch:
-                        position = raw.metadata.sequence.stream + 1
-                        try:
-                            message = await self.read_payload(raw.data)
-                        except ValueError as error:
-                            logger.warning("%s %d skipped: %s", stream, position - 1, error)
-                            continue
-                        yield LoggedMessage(position - 1, raw.subject, message)
+                        position, pending = raw.metadata.sequence.stream + 1, raw.metadata.num_pending or 0
+                        yield await self._decoded(raw)
+                if not follow:
+                    return
+            except (NatsError, asyncio.TimeoutError) as error:
+                logger.info("reader of %s lost at %d: %r", stream, position, error)
+                await asyncio.sleep(0.1)
             finally:
                 await self._close_reader(subscription)
+
+    async def _fetch(self, subscription: JetStreamContext.PullSubscription, count: int) -> list[Msg]:
+        try:
+            return await subscription.fetch(count, timeout=FETCH_S)
+        except asyncio.TimeoutError:
+            return []
+
+    async def _decoded(self, raw: Msg) -> LoggedMessage | InvalidMessage:
+        sequence = raw.metadata.sequence.stream
+        try:
+            return LoggedMessage(sequence, raw.subject, await self.read_payload(raw.data))
+        except (SchemaError, ClaimLost) as error:
+            return InvalidMessage(sequence, raw.subject, raw.data, str(error))
 
     async def _reader(self, stream: str, subject: str, position: int) -> JetStreamContext.PullSubscription:
         config = ConsumerConfig(
@@ -220,13 +240,6 @@ class Bus:
             ack_policy=AckPolicy.NONE, inactive_threshold=60.0, mem_storage=True, max_deliver=1,
         )  # fmt: skip
         return await self.jetstream.pull_subscribe(subject, stream=stream, config=config)
-
-    async def _alive(self, subscription: JetStreamContext.PullSubscription) -> bool:
-        try:
-            await subscription.consumer_info()
-        except (NatsError, asyncio.TimeoutError):
-            return False
-        return True
 
     async def _close_reader(self, subscription: JetStreamContext.PullSubscription) -> None:
         try:
