@@ -6,7 +6,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-NEEDED = ("POSTROAD_RUN", "POSTROAD_DIR", "POSTROAD_RECIPE", "POSTROAD_NATS_URL", "POSTROAD_REDIS_URL", "POSTROAD_KEY")
+NEEDED = (
+    "POSTROAD_RUN", "POSTROAD_DIR", "POSTROAD_RECIPE", "POSTROAD_MODEL", "POSTROAD_NATS_URL", "POSTROAD_REDIS_URL",
+    "POSTROAD_KEY",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Environment:
     nats_url: str = field(repr=False)
     redis_url: str = field(repr=False)
     key: str = field(repr=False)
+    model: Path = Path("model")
     name: str = ""
     host: str = "127.0.0.1"
     port: int = 0
@@ -37,6 +41,7 @@ class Environment:
             nats_url=os.environ["POSTROAD_NATS_URL"],
             redis_url=os.environ["POSTROAD_REDIS_URL"],
             key=os.environ["POSTROAD_KEY"],
+            model=Path(os.environ["POSTROAD_MODEL"]),
             name=os.environ.get("POSTROAD_NAME", ""),
             host=os.environ.get("POSTROAD_HOST", "127.0.0.1"),
             port=int(os.environ.get("POSTROAD_PORT", "0")),

@@ -1,0 +1,222 @@
+"""The life of a trainer: open → resume → (batch → step → log → publish → checkpoint) … → finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from postroad.bus import AlreadyPublished, Bus, LoggedMessage
+from postroad.config import Environment, Recipe
+from postroad.messages import Dropped, Sample, Step
+from postroad.store import Store
+from postroad.telemetry.tracing import span
+from postroad.weights import Publisher
+from postroad_trainer.checkpoint import Checkpoints, Position
+from postroad_trainer.data import Dataset, open_dataset
+from postroad_trainer.evaluation import Evaluator
+from postroad_trainer.export import export_model
+from postroad_trainer.feeder import group_name, group_number
+from postroad_trainer.ledger import Batch, Ledger, LedgerSettings
+from postroad_trainer.metrics import batch_metrics
+from postroad_trainer.ranks import Leader, TorchThread
+from postroad_trainer.retrain import Divergence, retrain
+from postroad_trainer.road import Road
+from postroad_trainer.training import metrics_of
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 2.0
+
+
+@dataclass
+class Data:
+    train: Dataset
+    evaluation: dict[str, Dataset]
+
+
+def open_data(recipe: Recipe) -> Data:
+    """The data sets of the recipe. No row of an evaluation is ever trained on."""
+    evaluation = {section.name: open_dataset(section.data) for section in recipe.evaluation}
+    held_out: set[str] = set()
+    for section in recipe.evaluation:
+        data = evaluation[section.name]
+        held_out |= data.prompts(min(section.rows, len(data)))
+    return Data(open_dataset(recipe.data, exclude=held_out), evaluation)
+
+
+class TrainerService:
+    def __init__(self, environment: Environment, recipe: Recipe) -> None:
+        self.environment, self.recipe = environment, recipe
+        self.thread = TorchThread()
+        self.leader = Leader(self.thread, recipe, environment.model)
+        checkpoint = recipe.trainer.checkpoint
+        self.checkpoints = Checkpoints(environment.folder / "checkpoints", environment.run, checkpoint.keep)
+        self.staleness_max = 0
+        self.position = Position(environment.run, 0, 0, "", 0, 1)
+
+    async def run(self) -> None:
+        """Train to the recipe's last step. Raises what ends the run; a clean return is a finished run."""
+        environment = self.environment
+        self.bus = await Bus.connect(environment.nats_url, environment.run)
+        self.store = await Store.connect(environment.redis_url, environment.run)
+        self.publisher = Publisher(
+            self.bus, self.store, environment.key, host=environment.host, advertise=environment.advertise
+        )
+        beat = asyncio.create_task(self._heartbeat())
+        try:
+            await self.publisher.start()
+            data = open_data(self.recipe)
+            await self.leader.open()
+            await self._resume()
+            await self._train(data)
+            await self.leader.stop()
+        finally:
+            beat.cancel()
+            await self.publisher.close()
+            await self.store.close()
+            await self.bus.close()
+            self.thread.close()
+
+    # ── resume ───────────────────────────────────────────────────────────────────────────────────────────────────
+    async def _resume(self) -> None:
+        """Load the newest checkpoint and train the logged steps after it again: same samples, same digests."""
+        newest = await asyncio.to_thread(self.checkpoints.newest)
+        if newest is not None:
+            folder, self.position = newest
+            await self.leader.load(folder / "backend")
+            digest = await self.leader.digest()
+            if digest != self.position.digest:
+                raise Divergence(f"checkpoint {folder} has digest {digest}, it was saved as {self.position.digest}")
+        else:
+            self.position = Position(self.environment.run, 0, 0, await self.leader.digest(), 0, 1)
+            await self._log(Step(
+                run=self.environment.run, id="0", number=0, version=0, digest=self.position.digest,
+                sequences=[], samples=[], groups=[], created=time.time(),
+            ))  # fmt: skip
+        async for step, digest in retrain(self.bus, self.leader, self.position.step + 1):
+            if digest != step.digest:
+                raise Divergence(f"step {step.number} gave digest {digest} again, the log says {step.digest}")
+            logger.info("step %d trained again from the log, digest equal", step.number)
+            resolved = [*step.groups, *(dropped.group for dropped in step.dropped)]
+            numbers = [number for name in resolved if (number := group_number(name)) is not None]
+            self.position = Position(
+                self.environment.run, step.number, step.version, digest,
+                max([self.position.next_number, *(number + 1 for number in numbers)]), self.position.sample_sequence,
+            )  # fmt: skip
+        await self._publish(self.position.version, self.position.digest)
+
+    # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────
+    async def _train(self, data: Data) -> None:
+        trainer = self.recipe.trainer
+        ledger = Ledger(
+            LedgerSettings(trainer.steps, trainer.groups_per_step, self.recipe.rollout.group_size, trainer.staleness,
+                           trainer.filter, trainer.max_filtered),
+            version=self.position.version, next_number=self.position.next_number,
+        )  # fmt: skip
+        evaluator = Evaluator(self.bus, self.store, self.recipe, data.evaluation)
+        road = Road(self.bus, self.recipe, data.train, ledger, evaluator)
+        working = asyncio.create_task(road.run(self.position.sample_sequence))
+        steps = asyncio.create_task(self._steps(road, evaluator))
+        try:
+            await asyncio.wait({working, steps}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+            if steps.done():
+                steps.result()
+        finally:
+            for task in (working, steps):
+                task.cancel()
+            await asyncio.gather(working, steps, return_exceptions=True)
+
+    async def _steps(self, road: Road, evaluator: Evaluator) -> None:
+        total = self.recipe.trainer.steps
+        await evaluator.run(self.position.version, total)
+        while self.position.step < total:
+            await self._step(road)
+            if evaluator.due(self.position.version, total):
+                await evaluator.run(self.position.version, total)
+        await export_model(self.leader, self.environment, self.position.version)
+
+    async def _step(self, road: Road) -> None:
+        started = time.monotonic()
+        batch = await road.next_batch()
+        waited = time.monotonic()
+        groups = [[road.samples[member.sample] for member in members] for members in batch.groups]
+        version = self.position.version
+        with span("step", number=version + 1):
+            result, digest = await self.leader.step(groups, version)
+            trained = time.monotonic()
+            step = self._step_record(batch, groups, digest)
+            step = step.model_copy(update={
+                "seconds": trained - started,
+                "metrics": {**metrics_of(result), **batch_metrics(groups, version),
+                            "seconds_wait": waited - started, "seconds_train": trained - waited},
+            })  # fmt: skip
+            await self._log(step)
+            await self._publish(step.version, digest)
+            road.complete_step(batch, step.version)
+        self.position = Position(
+            self.environment.run, step.number, step.version, digest, road.ledger.resolved_below, road.sample_sequence()
+        )
+        self.staleness_max = max(self.staleness_max, step.staleness_max)
+        await self._tell()
+        if step.number % self.recipe.trainer.checkpoint.every == 0 or step.number == self.recipe.trainer.steps:
+            await self._checkpoint()
+
+    def _step_record(self, batch: Batch, groups: list[list[Sample]], digest: str) -> Step:
+        version = self.position.version
+        oldest = min(sample.trajectory.oldest_version for samples in groups for sample in samples)
+        members = [member for group in batch.groups for member in group]
+        return Step(
+            run=self.environment.run, id=str(version + 1), number=version + 1, version=version + 1, digest=digest,
+            sequences=[member.sequence for member in members], samples=[member.sample for member in members],
+            groups=[group_name(number) for number in batch.numbers],
+            dropped=[Dropped(group=group_name(d.number), reason=d.reason, samples=d.samples) for d in batch.dropped],
+            staleness_max=version - oldest, created=time.time(),
+        )  # fmt: skip
+
+    async def _log(self, step: Step) -> None:
+        """Write the step to the log. It holds each step once: a different one there means a second trainer."""
+        subject = self.bus.subjects.step(step.number)
+        try:
+            await self.bus.publish(subject, step, once=True)
+        except AlreadyPublished:
+            logged = await self.bus.last("STEPS", subject)
+            if not isinstance(logged, LoggedMessage) or not isinstance(logged.message, Step):
+                raise
+            if (logged.message.digest, logged.message.samples) != (step.digest, step.samples):
+                raise Divergence(
+                    f"step {step.number} is logged already with digest {logged.message.digest}, not {step.digest}: "
+                    "is another trainer of this run alive, or has the model or the recipe changed?"
+                ) from None
+
+    async def _publish(self, version: int, digest: str) -> None:
+        snapshot = await self.leader.freeze(self.environment.run, version)
+        await self.publisher.publish(snapshot, digest)
+
+    async def _checkpoint(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def save_backend(folder: Path) -> None:
+            asyncio.run_coroutine_threadsafe(self.leader.save(folder), loop).result()
+
+        await asyncio.to_thread(self.checkpoints.save, self.position, save_backend)
+
+    # ── being seen ───────────────────────────────────────────────────────────────────────────────────────────────
+    async def _tell(self) -> None:
+        position = self.position
+        await self.store.set("trainer", {
+            "step": position.step, "version": position.version, "steps": self.recipe.trainer.steps,
+            "staleness_max": self.staleness_max,
+        })  # fmt: skip
+
+    async def _heartbeat(self) -> None:
+        while True:
+            position = self.position
+            info = {"pid": os.getpid(), "version": position.version, "step": position.step}
+            await self.store.register("trainer", self.environment.name or "trainer", info, 3 * HEARTBEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
