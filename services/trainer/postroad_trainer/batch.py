@@ -48,15 +48,21 @@ class TrainRow:
         if self.tokens.ndim != 1 or length < 2:
             self._fail(f"tokens has shape {self.tokens.shape}; a row needs at least a prompt token and a trained one")
         if length > max_length:
-            self._fail(f"{length} tokens are more than the {max_length} a micro-batch may hold; shorten the response "
-                       "or raise micro_batch_tokens")
+            self._fail(
+                f"{length} tokens are more than the {max_length} a micro-batch may hold; shorten the response "
+                "or raise micro_batch_tokens"
+            )
         if self.loss_mask.shape != self.tokens.shape or self.logprobs.shape != self.tokens.shape:
-            self._fail(f"tokens {self.tokens.shape}, loss_mask {self.loss_mask.shape} and logprobs "
-                       f"{self.logprobs.shape} must have one shape")
+            self._fail(
+                f"tokens {self.tokens.shape}, loss_mask {self.loss_mask.shape} and logprobs "
+                f"{self.logprobs.shape} must have one shape"
+            )
         low, high = int(self.tokens.min()), int(self.tokens.max())
         if low < 0 or high >= vocab_size:
-            self._fail(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}; the rollout "
-                       "used another tokenizer or model")
+            self._fail(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}; the rollout "
+                "used another tokenizer or model"
+            )
 
     def _validate_training(self) -> None:
         if not self.loss_mask.any():
@@ -73,8 +79,10 @@ class TrainRow:
 
     def _validate_experts(self, experts: np.ndarray) -> None:
         if experts.ndim != 3 or experts.shape[0] != len(self.tokens) - 1:
-            self._fail(f"routed_experts has shape {experts.shape}; [{len(self.tokens) - 1}, layers, topk] expected: "
-                       "one row per token that was an input")
+            self._fail(
+                f"routed_experts has shape {experts.shape}; [{len(self.tokens) - 1}, layers, topk] expected: "
+                "one row per token that was an input"
+            )
         if experts.dtype not in (np.uint8, np.uint16):
             self._fail(f"routed_experts is {experts.dtype}; uint8 or uint16 expected")
 
@@ -86,8 +94,10 @@ class TrainRow:
         if not moe_layers:
             self._fail("it carries routed experts, but the model has no MoE layer")
         if routed.shape[1:] != (moe_layers, topk):
-            self._fail(f"routed_experts is for {routed.shape[1]} layers of {routed.shape[2]} experts; the model has "
-                       f"{moe_layers} MoE layers of top {topk}")
+            self._fail(
+                f"routed_experts is for {routed.shape[1]} layers of {routed.shape[2]} experts; the model has "
+                f"{moe_layers} MoE layers of top {topk}"
+            )
         if int(routed.max()) >= experts:
             self._fail(f"expert {int(routed.max())} was routed to, but the model has {experts}")
         ordered = np.sort(routed, axis=-1)
@@ -123,7 +133,9 @@ class StepSettings:
         if self.tis_cap is not None and self.tis_cap <= 0:
             raise ValueError(f"tis_cap is {self.tis_cap}; give a number above 0, or null for no correction")
         if self.temperature <= 0 or self.grad_clip < 0:
-            raise ValueError(f"temperature {self.temperature} must be above 0 and grad_clip {self.grad_clip} not negative")
+            raise ValueError(
+                f"temperature {self.temperature} must be above 0 and grad_clip {self.grad_clip} not negative"
+            )
         if self.reducer not in ("token", "sample", "constant"):
             raise ValueError(f"reducer is {self.reducer!r}; token, sample or constant expected")
         if self.reducer == "constant" and (self.constant_length or 0) < 1:

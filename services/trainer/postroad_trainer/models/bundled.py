@@ -136,7 +136,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write a bundled model as a Hugging Face folder.")
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--if-missing", action="store_true", help="do nothing where the folder exists")
     arguments = parser.parse_args()
+    if arguments.if_missing and arguments.folder.exists():
+        return 0
     try:
         bundle(arguments.name, arguments.folder)
     except MissingPackage as error:

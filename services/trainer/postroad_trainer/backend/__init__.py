@@ -1,0 +1,21 @@
+"""The training backend: megatron-core behind five verbs. megatron itself is imported when a backend is built.
+
+settings         what a backend is built from
+cpu_shim         megatron-core on a machine without CUDA
+parallel         process groups
+spec             norm and attention without Transformer Engine
+layout           rows to trees with shared prompts to micro-batches (numpy only)
+visibility       who sees whom in a micro-batch, as tensors
+replay           the experts recorded at inference, replayed in forward and recompute
+log_probabilities  log-softmax at the predicted tokens, with its own backward
+construction     model, DDP wrapper and optimizer
+objective        loss and agreement metrics of a micro-batch
+checkpoint       exact save and load
+megatron         MegatronBackend, which ties them together
+"""
+
+from postroad_trainer.backend.cpu_shim import enter_thread
+from postroad_trainer.backend.megatron import MegatronBackend
+from postroad_trainer.backend.settings import BackendError, BackendSettings
+
+__all__ = ["BackendError", "BackendSettings", "MegatronBackend", "enter_thread"]

@@ -1,0 +1,233 @@
+"""MegatronBackend: the verbs that the trainer service calls. All ranks call each of them, with the same arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from postroad_trainer.backend import checkpoint
+from postroad_trainer.backend.cpu_shim import cpu_mode, import_megatron
+from postroad_trainer.backend.layout import Plan, plan
+from postroad_trainer.backend.log_probabilities import TokenLogProbabilities
+from postroad_trainer.backend.objective import SUMS, MicroBatch, objective
+from postroad_trainer.backend.parallel import DataParallel, initialise
+from postroad_trainer.backend.settings import BackendError, BackendSettings
+from postroad_trainer.batch import StepResult, StepSettings, TrainRow
+from postroad_trainer.models.weights import digest_of, exported
+
+
+class MegatronBackend:
+    """A model and its optimizer on megatron-core, data parallel over the ranks that torchrun started.
+
+    May be built and called in any thread, by one thread at a time. Raises ModelError for a model folder that can't
+    be used, BackendError for anything else about itself, RowError for rows that can't be trained.
+    """
+
+    def __init__(self, settings: BackendSettings) -> None:
+        import_megatron()
+        from postroad_trainer.backend import construction
+        from postroad_trainer.backend.replay import ExpertReplays
+
+        self._settings = settings
+        with self._running(), warnings.catch_warnings():
+            # megatron's own: deprecations between its modules, the absence of Transformer Engine
+            warnings.simplefilter("ignore")
+            initialise(settings)
+            self._ranks = DataParallel()
+            self._built = construction.build_model(settings)
+            self._model = self._built.model
+            self._replays = ExpertReplays(self._model)
+            self._wrapped = construction.wrap_model(self._model)
+            self._optimizer = construction.build_optimizer(settings, self._wrapped)
+            self._inner_optimizers = construction.torch_optimizers(self._optimizer)
+        self._device = next(self._model.parameters()).device
+        self._state = checkpoint.State(self._model, self._inner_optimizers)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        torch.set_num_threads(self._settings.threads)  # a property of the calling thread
+        with cpu_mode():
+            yield
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train_step(self, rows: Sequence[TrainRow], settings: StepSettings) -> StepResult:
+        """One optimizer step on the whole batch; this rank runs its share. Rows of advantage 0 are not run.
+
+        Nothing is changed when every advantage is 0 or when the gradient is not finite (StepResult.skipped).
+        """
+        started = time.perf_counter()
+        self._validate(rows)
+        active = [(index, row) for index, row in enumerate(rows) if row.advantage != 0]
+        if not active:
+            return self._result(rows, seconds={"total": time.perf_counter() - started}, loss=0.0, skipped=True,
+                                skip_reason="every advantage is 0", rows_skipped=len(rows))
+        with self._running():
+            planned = self._plan(active)
+            batches = [MicroBatch.of(trees, self._device) for trees in planned.micro_batches]
+            for batch in batches:
+                batch.weigh(rows, settings)
+            ready = time.perf_counter()
+            self._wrapped.zero_grad_buffer()
+            outcomes = self._run(batches, settings)
+            measured = self._measure(outcomes)
+            ran = time.perf_counter()
+            grad_norm, stepped = self._update(settings)
+        ended = time.perf_counter()
+        return self._result(
+            rows, **measured, grad_norm=grad_norm, skipped=not stepped,
+            skip_reason=None if stepped else f"the gradient norm is {grad_norm}", rows_skipped=len(rows) - len(active),
+            computed_tokens=planned.computed_tokens, prompts_not_shared=planned.prompts_not_shared,
+            seconds={"plan": ready - started, "forward_backward": ran - ready, "optimizer": ended - ran,
+                     "total": ended - started})
+
+    def logprobs(self, rows: Sequence[TrainRow], temperature: float = 1.0) -> list[np.ndarray]:
+        """The model's log-probability of every trained token: float32 [T] per row, 0 where the mask is 0."""
+        if not rows:
+            return []
+        self._validate(rows)
+        ends = np.cumsum([len(row.tokens) for row in rows])
+        flat = torch.zeros(int(ends[-1]), device=self._device)
+        starts = np.concatenate(([0], ends[:-1]))
+        settings = StepSettings(learning_rate=0.0, temperature=temperature)
+        with self._running(), torch.no_grad():
+            planned = self._plan(list(enumerate(rows)))
+            batches = [MicroBatch.of(trees, self._device) for trees in planned.micro_batches]
+            for batch, current in zip(batches, self._run(batches, settings, forward_only=True), strict=True):
+                flat[torch.from_numpy(starts[batch.row] + batch.place).to(self._device)] = current
+            self._replays.take_counts()
+            whole = self._ranks.reduce(flat).cpu().numpy()
+        return [whole[start:end].copy() for start, end in zip(starts, ends, strict=True)]
+
+    def _validate(self, rows: Sequence[TrainRow]) -> None:
+        if not rows:
+            raise BackendError("a step needs at least one row")
+        vocabulary = self._model.vocab_size
+        longest = min(self._settings.micro_batch_tokens, self._model.max_sequence_length)
+        config = self._model.config
+        for row in rows:
+            row.validate(vocabulary, longest)
+            row.validate_routing(self._replays.layers, config.moe_router_topk, config.num_moe_experts or 0)
+        recorded = sum(row.routed_experts is not None for row in rows)
+        if recorded not in (0, len(rows)):
+            raise BackendError(f"{recorded} of {len(rows)} rows carry routed experts; a step replays all rows or none")
+
+    def _plan(self, rows: list[tuple[int, TrainRow]]) -> Plan:
+        settings = self._settings
+        return plan(rows, tree_tokens=settings.tree_tokens, micro_batch_tokens=settings.micro_batch_tokens,
+                    share_prompts=settings.share_prompts, ranks=self._ranks.size, rank=self._ranks.rank)
+
+    def _run(self, batches: list[MicroBatch], settings: StepSettings, forward_only: bool = False) -> list[Any]:
+        """megatron's schedule over the micro-batches: Objective of each, or log-probabilities [p] if forward_only."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def head(hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: MicroBatch,
+                 **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            # only the positions that predict a trained token go through the vocabulary
+            logits, _bias = output_layer(hidden_states[context.sources], weight=output_weight)
+            return TokenLogProbabilities.apply(logits[:, 0], context.which, context.targets, settings.temperature)
+
+        def forward(iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
+            batch = next(iterator)
+            number = self._built.table.add(batch.layout)
+            self._replays.feed(batch.experts)
+            output = model(batch.tokens, None, number, output_processor=head, output_processor_context=batch)
+
+            def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                current, entropy = output
+                count = torch.tensor(len(current), dtype=torch.int)
+                if forward_only:
+                    return current.sum(), count, current
+                outcome = objective(batch, current, entropy, settings)
+                return outcome.loss, count, outcome
+
+            return output, loss
+
+        try:
+            return list(get_forward_backward_func()(
+                forward_step_func=forward, data_iterator=iter(batches), model=self._wrapped,
+                num_microbatches=len(batches), seq_length=1, micro_batch_size=1, forward_only=forward_only))
+        finally:
+            self._built.table.clear()
+            self._replays.feed(None)
+
+    def _measure(self, outcomes: list[Any]) -> dict[str, Any]:
+        """Loss and agreement metrics over all ranks."""
+        differing, compared = self._replays.take_counts()
+        counts = torch.tensor([differing, compared], dtype=torch.float64, device=self._device)
+        sums = self._ranks.reduce(torch.cat([sum(outcome.sums for outcome in outcomes), counts])).tolist()
+        largest = torch.stack([outcome.largest for outcome in outcomes]).amax(0)
+        self._ranks.reduce(largest, torch.distributed.ReduceOp.MAX)
+        total = dict(zip((*SUMS, "differing", "compared"), sums, strict=True))
+        trained = total["trained"]
+        return {
+            "loss": total["loss"], "logprob_abs_diff_mean": total["abs_diff"] / trained,
+            "logprob_abs_diff_max": float(largest[0]), "clip_fraction": total["clipped"] / trained,
+            "tis_mean": total["tis"] / trained, "entropy": total["entropy"] / trained, "kl_k3": total["kl_k3"] / trained,
+            "experts_differ_fraction": total["differing"] / total["compared"] if total["compared"] else None,
+        }
+
+    def _update(self, settings: StepSettings) -> tuple[float, bool]:
+        """(gradient norm before clipping, whether the optimizer stepped)."""
+        optimizer = self._optimizer
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        finite = math.isfinite(grad_norm)
+        if finite:
+            for inner in self._inner_optimizers:
+                for group in inner.param_groups:
+                    group["lr"] = settings.learning_rate
+            if settings.grad_clip:
+                self._clip(settings.grad_clip, grad_norm)
+            optimizer.step_with_ready_grads()
+        # step() leaves p.grad aliasing main_grad; the next backward would count it twice, silently.
+        optimizer.zero_grad()
+        if any(parameter.grad is not None for parameter in self._model.parameters()):
+            raise BackendError("a gradient is left after the step; the next one would count it twice")
+        return grad_norm, finite
+
+    def _clip(self, largest: float, grad_norm: float) -> None:
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        for part in self._optimizer.chained_optimizers:
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, largest, grad_norm)
+
+    @staticmethod
+    def _result(rows: Sequence[TrainRow], **fields: Any) -> StepResult:
+        unknown = dict.fromkeys(("grad_norm", "logprob_abs_diff_mean", "logprob_abs_diff_max", "clip_fraction", "tis_mean",
+                                 "entropy", "kl_k3", "experts_differ_fraction"))
+        return StepResult(**{**unknown, "rows": len(rows), "tokens": sum(len(row.tokens) for row in rows),
+                             "trained_tokens": sum(int(row.loss_mask.sum()) for row in rows), "computed_tokens": 0,
+                             "prompts_not_shared": 0, **fields})
+
+    # -- weights and state -----------------------------------------------------------------------------------------
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) one at a time. A tensor may be the live parameter: copy it before the next step."""
+        return exported(self._model, self._built.family.entries(self._model))
+
+    def digest(self) -> str:
+        """xxh3_128 over the exported weights, in the order of their names (models.weights.digest_of)."""
+        return digest_of(self.export_weights())
+
+    def save(self, folder: Path) -> None:
+        """Writes an exact checkpoint to a folder that does not exist yet."""
+        with self._running():
+            checkpoint.save(folder, self._state, self._identity(), self._ranks)
+
+    def load(self, folder: Path) -> None:
+        """Goes back to a checkpoint, bit for bit. Raises BackendError, the state unchanged, if it can't be used."""
+        with self._running():
+            checkpoint.load(folder, self._state, self._identity(), self._ranks)
+
+    def _identity(self) -> checkpoint.Identity:
+        return self._state.identity(self._built.family.architecture, self._settings.dtype, self._ranks.size)

@@ -1,0 +1,124 @@
+"""Writes a tiny random model as a Hugging Face folder: `python -m postroad_trainer.models.tiny --out DIR --kind llama`.
+
+Its vocabulary is one id per printable ASCII character, newline and tab, and the chat tokens. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+Kind = Literal["llama", "llama_untied", "qwen3", "qwen3_moe"]
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHARACTERS = "\n\t" + "".join(chr(code) for code in range(32, 127))
+TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+            "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+UNKNOWN = "?"
+
+
+def write_tiny_model(folder: Path, kind: Kind, seed: int = 0) -> None:
+    """Writes config.json, model.safetensors and the tokenizer into folder, made if needed."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}; {', '.join(get_args(Kind))} expected")
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = _write_tokenizer(folder)
+    configuration = _configuration(kind, vocabulary)
+    (folder / "config.json").write_text(json.dumps(configuration, indent=2))
+    generation = {key: configuration[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    save_file(_weights(configuration, seed), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_tokenizer(folder: Path) -> int:
+    """Writes the character tokenizer; returns its number of ids."""
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[0], "unk_token": UNKNOWN, "clean_up_tokenization_spaces": False, "model_max_length": 1024,
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return len(vocabulary)
+
+
+def _configuration(kind: Kind, vocabulary: int) -> dict[str, Any]:
+    moe = kind == "qwen3_moe"
+    family = "llama" if kind.startswith("llama") else kind
+    names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+    configuration: dict[str, Any] = {
+        "architectures": [names[family]], "model_type": family, "vocab_size": vocabulary,
+        "hidden_size": 64 if moe else 96, "intermediate_size": 128 if moe else 256, "num_hidden_layers": 2 if moe else 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16 if moe else 24, "hidden_act": "silu",
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "attention_bias": False,
+        "attention_dropout": 0.0, "tie_word_embeddings": kind == "llama", "initializer_range": 0.05,
+        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0, "dtype": "float32",
+    }
+    if moe:
+        configuration |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+                          "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return configuration
+
+
+def _shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner, head = (configuration[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
+    query, value = configuration["num_attention_heads"] * head, configuration["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (configuration["vocab_size"], hidden)}
+    for layer in range(configuration["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        attention, block = prefix + "self_attn.", prefix + "mlp."
+        shapes |= {prefix + "input_layernorm.weight": (hidden,), prefix + "post_attention_layernorm.weight": (hidden,),
+                   attention + "q_proj.weight": (query, hidden), attention + "k_proj.weight": (value, hidden),
+                   attention + "v_proj.weight": (value, hidden), attention + "o_proj.weight": (hidden, query)}
+        if configuration["model_type"] != "llama":
+            shapes |= {attention + "q_norm.weight": (head,), attention + "k_norm.weight": (head,)}
+        blocks = {block: inner}
+        if experts := configuration.get("num_experts"):
+            shapes[block + "gate.weight"] = (experts, hidden)
+            blocks = {f"{block}experts.{expert}.": configuration["moe_intermediate_size"] for expert in range(experts)}
+        for name, width in blocks.items():
+            shapes |= {name + "gate_proj.weight": (width, hidden), name + "up_proj.weight": (width, hidden),
+                       name + "down_proj.weight": (hidden, width)}
+    shapes["model.norm.weight"] = (hidden,)
+    if not configuration["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (configuration["vocab_size"], hidden)
+    return shapes
+
+
+def _weights(configuration: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """Norms 1; matrices normal, scaled by their inputs so that two or three layers already carry a signal."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in _shapes(configuration).items():
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape)
+        else:
+            scale = configuration["initializer_range"] if "embed" in name else 0.7 / math.sqrt(shape[1])
+            weights[name] = torch.randn(shape, generator=generator) * scale
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kind", choices=get_args(Kind), default="llama")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_tiny_model(arguments.out, arguments.kind, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
