@@ -113,7 +113,9 @@ async def test_rejected_exhausted_and_garbage_messages_go_to_dead_intact(bus):
             raise Reject("invalid_answer", "no")
         raise RetryLater("judge_unavailable", "gone")
 
-    await run_hop(bus, handler, lambda hop: sum(v for k, v in hop.counts.items() if k.startswith("dead")) == 3, deliveries=2)
+    await run_hop(
+        bus, handler, lambda hop: sum(v for k, v in hop.counts.items() if k.startswith("dead")) == 3, deliveries=2
+    )
     letters = {entry.message.member: entry.message for entry in await collect(bus, "DEAD")}
     assert {member: letter.reason for member, letter in letters.items()} == {
         0: "invalid_answer", 1: "judge_unavailable", 2: "invalid_message"

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postroad.messages import (
-    DeadLetter, Event, RewardSpec, Sample, Sampling, SchemaError, Step, Task, Trajectory, VersionSpan, decode, encode,
+    DeadLetter,
+    Event,
+    RewardSpec,
+    Sample,
+    Sampling,
+    SchemaError,
+    Step,
+    Task,
+    Trajectory,
+    VersionSpan,
+    decode,
+    encode,
 )  # fmt: skip
 
 

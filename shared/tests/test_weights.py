@@ -15,7 +15,9 @@ KEY = "mesh-key"
 def tensors(seed: int) -> list[tuple[str, str, tuple[int, ...], np.ndarray]]:
     generator = np.random.default_rng(seed)
     shapes = {"embedding": (1000, 64), "layer.weight": (3000, 3000), "norm": (7,)}
-    return [(n, "float32", s, generator.random(s, dtype=np.float32).view(np.uint8).reshape(-1)) for n, s in shapes.items()]
+    return [
+        (n, "float32", s, generator.random(s, dtype=np.float32).view(np.uint8).reshape(-1)) for n, s in shapes.items()
+    ]
 
 
 @pytest.fixture

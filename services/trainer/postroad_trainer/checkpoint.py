@@ -63,7 +63,9 @@ class Checkpoints:
             try:
                 position = Position(**json.loads((path / "position.json").read_text()))
             except (OSError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{path} is not a checkpoint ({error}); move it away to go on without it") from error
+                raise CheckpointError(
+                    f"{path} is not a checkpoint ({error}); move it away to go on without it"
+                ) from error
             if position.run != self.run:
                 raise CheckpointError(f"{path} belongs to run {position.run!r}, not to {self.run!r}")
             found.append((path, position))

@@ -89,5 +89,5 @@ class Evaluator:
             self.changed.clear()
             try:
                 await asyncio.wait_for(self.changed.wait(), 1.0)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 continue

@@ -21,7 +21,9 @@ async def logged_steps(bus: Bus, first: int, last: int | None = None) -> list[St
         async for entry in bus.replay("STEPS")
         if isinstance(entry, LoggedMessage) and isinstance(entry.message, Step)
     ]
-    chosen = sorted((s for s in steps if s.number >= first and (last is None or s.number <= last)), key=lambda s: s.number)
+    chosen = sorted(
+        (s for s in steps if s.number >= first and (last is None or s.number <= last)), key=lambda s: s.number
+    )
     numbers = [step.number for step in chosen]
     end = last if last is not None else first + len(numbers) - 1
     if numbers != list(range(first, end + 1)):
@@ -40,9 +42,7 @@ async def samples_of(bus: Bus, step: Step) -> list[list[Sample]]:
     return list(groups.values())
 
 
-async def retrain(
-    bus: Bus, leader: Leader, first: int, last: int | None = None
-) -> AsyncIterator[tuple[Step, str]]:
+async def retrain(bus: Bus, leader: Leader, first: int, last: int | None = None) -> AsyncIterator[tuple[Step, str]]:
     """Train the logged steps again; each with the digest that it gave now."""
     for step in await logged_steps(bus, first, last):
         _, digest = await leader.step(await samples_of(bus, step), step.number - 1)

@@ -73,7 +73,12 @@ class Road:
                 if assignment.complete:
                     continue
                 task = train_task(
-                    self.recipe, self.bus.subjects.run, self.data, assignment.number, assignment.minimum_version, time.time()
+                    self.recipe,
+                    self.bus.subjects.run,
+                    self.data,
+                    assignment.number,
+                    assignment.minimum_version,
+                    time.time(),
                 )
                 self._deadlines[assignment.number] = task.deadline
                 try:
@@ -136,5 +141,7 @@ class Road:
             now = time.time()
             for number in self.ledger.incomplete():
                 if now > self._deadlines.get(number, now) + DEADLINE_GRACE_S and self.ledger.fail(number, "deadline"):
-                    logger.warning("group %d is dropped: nothing came %.0f s after its deadline", number, DEADLINE_GRACE_S)
+                    logger.warning(
+                        "group %d is dropped: nothing came %.0f s after its deadline", number, DEADLINE_GRACE_S
+                    )
                     self._progress.set()

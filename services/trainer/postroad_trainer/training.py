@@ -88,7 +88,9 @@ class Training:
 
     def freeze(self, run: str, version: int) -> Snapshot:
         """A snapshot of the parameters, in the Hugging Face layout."""
-        return Snapshot.freeze(run, version, (_bytes_of(name, tensor) for name, tensor in self.backend.export_weights()))
+        return Snapshot.freeze(
+            run, version, (_bytes_of(name, tensor) for name, tensor in self.backend.export_weights())
+        )
 
     def save(self, folder: Path) -> None:
         self.backend.save(folder)

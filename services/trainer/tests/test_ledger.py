@@ -116,7 +116,9 @@ def test_duplicates_are_told():
 def test_random_histories(data, staleness, groups_per_step, filter_name):
     """Whatever finishes in whatever order: batches in issue order, each group resolved once, staleness bounded,
     when an engine serves any version from the minimum to the current one."""
-    chosen = settings(steps=6, staleness=staleness, groups_per_step=groups_per_step, filter=filter_name, max_filtered=1e9)
+    chosen = settings(
+        steps=6, staleness=staleness, groups_per_step=groups_per_step, filter=filter_name, max_filtered=1e9
+    )
     ledger = Ledger(chosen)
     minimum: dict[int, int] = {}
     waiting: list[tuple[int, int]] = []

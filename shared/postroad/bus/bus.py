@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import nats
@@ -81,7 +82,7 @@ class Bus:
                 probe = await nats.connect(url, allow_reconnect=False, connect_timeout=2, error_cb=on_error)
                 await probe.close()
                 break
-            except (NoServersError, OSError, asyncio.TimeoutError, NatsError) as error:
+            except (TimeoutError, NoServersError, OSError, NatsError) as error:
                 if "authorization" in str(error).lower():
                     raise BusError("NATS refuses these credentials: is this the NATS of another run?") from error
                 if time.monotonic() - started > deadline_s:
@@ -96,13 +97,13 @@ class Bus:
     async def close(self) -> None:
         try:
             await asyncio.wait_for(self.client.drain(), 2)
-        except (asyncio.TimeoutError, NatsError, ConnectionClosedError):
+        except (TimeoutError, NatsError, ConnectionClosedError):
             await self.client.close()
 
     async def create_streams(self) -> None:
         """Create what is missing. An existing stream keeps its messages; its limits are brought up to date."""
         for config in STREAMS.values():
-            await self._with_retries(lambda config=config: self._create(config), f"create stream {config.name}")
+            await self._with_retries(partial(self._create, config), f"create stream {config.name}")
 
     async def _create(self, config: StreamConfig) -> None:
         try:
@@ -200,7 +201,7 @@ class Bus:
         position, end = start, await self.last_sequence(stream)
         while follow or position <= end:
             subscription = await self._with_retries(
-                lambda: self._reader(stream, subject, position), f"read {stream} from {position}"
+                partial(self._reader, stream, subject, position), f"read {stream} from {position}"
             )
             try:
                 pending = (await subscription.consumer_info()).num_pending or 0
@@ -215,7 +216,7 @@ class Bus:
                         yield await self._decoded(raw)
                 if not follow:
                     return
-            except (NatsError, asyncio.TimeoutError) as error:
+            except (TimeoutError, NatsError) as error:
                 logger.info("reader of %s lost at %d: %r", stream, position, error)
                 await asyncio.sleep(0.1)
             finally:
@@ -224,7 +225,7 @@ class Bus:
     async def _fetch(self, subscription: JetStreamContext.PullSubscription, count: int) -> list[Msg]:
         try:
             return await subscription.fetch(count, timeout=FETCH_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return []
 
     async def _decoded(self, raw: Msg) -> LoggedMessage | InvalidMessage:
@@ -246,7 +247,7 @@ class Bus:
             info = await subscription.consumer_info()
             await subscription.unsubscribe()
             await self.jetstream.delete_consumer(info.stream_name, info.name)
-        except (NatsError, asyncio.TimeoutError, ConnectionClosedError) as error:
+        except (TimeoutError, NatsError, ConnectionClosedError) as error:
             logger.debug("reader not closed: %s", error)  # it expires by itself
 
     async def _with_retries(

@@ -36,7 +36,8 @@ async def check_in(jetstream: JetStreamContext, subject: str, data: bytes, deadl
 
     offsets = range(0, len(data), BLOB_CHUNK_BYTES)
     sequences = await asyncio.gather(*(store(number, offset) for number, offset in enumerate(offsets)))
-    return _MAGIC + msgpack.packb({"sequences": sequences, "size_bytes": len(data), "digest": digest})
+    claim: bytes = msgpack.packb({"sequences": sequences, "size_bytes": len(data), "digest": digest})
+    return _MAGIC + claim
 
 
 async def check_out(jetstream: JetStreamContext, payload: bytes) -> bytes:

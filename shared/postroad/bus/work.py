@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -47,7 +48,7 @@ class Hop:
 
     stream: str
     name: str
-    stage: str
+    stage: Literal["task", "trajectory", "sample"]
     handler: Callable[[Message], Awaitable[None]]
     concurrency: int
     ack_wait_s: float = 10.0
@@ -101,7 +102,7 @@ async def _pump(
                 return
             try:
                 messages = fetch.result()
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 slots.release()
                 if bus.client.is_connected:
                     await subscription.consumer_info()  # raises where a restarted server has lost the consumer
@@ -118,7 +119,7 @@ async def _pump(
 async def _handle_and_release(bus: Bus, hop: Hop, raw: Msg, slots: asyncio.Semaphore) -> None:
     try:
         await handle(bus, hop, raw)
-    except (NatsError, BusError, asyncio.TimeoutError) as error:
+    except (TimeoutError, NatsError, BusError) as error:
         hop.count("redelivered")
         logger.info("%s: %s goes back to the stream: %r", hop.name, raw.subject, error)
     finally:

@@ -38,7 +38,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -131,7 +131,9 @@ class TrainerSection(Section):
     normalise_std: bool = Field(True, description="Divide advantages by the group's standard deviation (GRPO).")
     clip_low: float = Field(0.2, gt=0, description="Lower clip of the policy ratio.")
     clip_high: float = Field(0.28, gt=0, description="Upper clip of the policy ratio (clip-higher).")
-    tis_cap: float | None = Field(2.0, gt=0, description="Cap of the importance weight of truncated importance sampling.")
+    tis_cap: float | None = Field(
+        2.0, gt=0, description="Cap of the importance weight of truncated importance sampling."
+    )
     reducer: Literal["token", "sample", "constant"] = Field("token", description="How token losses become one loss.")
     filter: Literal["none", "zero_std"] = Field(
         "none", description="zero_std drops groups whose rewards are all equal and draws others (dynamic sampling)."
@@ -167,7 +169,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         if self.trainer.filter == "zero_std" and self.rollout.group_size == 1:
-            raise ValueError("trainer.filter zero_std drops every group of one: raise rollout.group_size or set it to none")
+            raise ValueError(
+                "trainer.filter zero_std drops every group of one: raise rollout.group_size or set it to none"
+            )
         if self.rollout.sampling.temperature == 0 and self.rollout.group_size > 1:
             raise ValueError("rollout.sampling.temperature 0 makes all members of a group equal: set it above 0")
         if self.rollout.sampling.max_new_tokens >= self.rollout.engine.max_length:

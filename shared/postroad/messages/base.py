@@ -36,7 +36,8 @@ class Message(BaseModel):
 
 def encode(message: Message) -> bytes:
     body = message.model_dump(mode="python")
-    return msgpack.packb({"kind": message.kind, "schema": SCHEMA_VERSION, **body}, use_bin_type=True)
+    data: bytes = msgpack.packb({"kind": message.kind, "schema": SCHEMA_VERSION, **body}, use_bin_type=True)
+    return data
 
 
 def decode(data: bytes) -> Message:

@@ -11,7 +11,7 @@ from typing import Any
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError
+from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisError, TimeoutError
 
 RETRIES = 40  # with backoff up to 0.5 s: a restart of the server of up to about 20 s goes unnoticed
 OPERATION_S = 5.0
@@ -87,7 +87,9 @@ class Store:
             retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
         )  # fmt: skip
         # AuthenticationError is a ConnectionError, which the client above retries: knock without retries first
-        probe = redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=Retry(ExponentialBackoff(), 0))
+        probe = redis.Redis.from_url(
+            url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=Retry(ExponentialBackoff(), 0)
+        )
         started = time.monotonic()
         try:
             while True:
@@ -130,7 +132,7 @@ class Store:
     async def versioned(self, name: str) -> tuple[str, Any]:
         """(version, value) of a document written by compare_and_set; ("", None) where there is none."""
         version, data = await self.client.hmget(self.key("versioned", name), ["version", "data"])
-        return (version, json.loads(data)) if version is not None else ("", None)
+        return (str(version), json.loads(data or "null")) if version is not None else ("", None)
 
     # ── leases ───────────────────────────────────────────────────────────────────────────────────────────────────
     async def acquire(self, name: str, holder: str, ttl_s: float) -> Lease:
@@ -168,11 +170,8 @@ class Store:
         """Those whose registration has not run out."""
         index = self.key("members", kind)
         await self.client.zremrangebyscore(index, "-inf", time.time() - 60.0)
-        names = await self.client.zrange(index, 0, -1)
+        names = [str(name) for name in await self.client.zrange(index, 0, -1)]
         if not names:
             return {}
         values = await self.client.mget([self.key("member", kind, name) for name in names])
         return {name: json.loads(value) for name, value in zip(names, values, strict=True) if value is not None}
-
-
-__all__ = ["Lease", "LeaseLost", "ResponseError", "Store", "StoreConflict", "StoreError"]

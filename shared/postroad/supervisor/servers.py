@@ -68,4 +68,3 @@ def valkey_server(folder: Path, port: int, password: str) -> Server:
         'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\ndaemonize no\n'
     )
     return Server("valkey", [str(binary), str(configuration)], port, f"redis://:{password}@127.0.0.1:{port}/0")
-

@@ -56,7 +56,9 @@ class Publisher:
         self._snapshots[snapshot.version] = snapshot
         expected = "" if current is None else str(current.version)
         try:
-            await self._store.compare_and_set(DOCUMENT, expected, str(snapshot.version), manifest.model_dump(mode="json"))
+            await self._store.compare_and_set(
+                DOCUMENT, expected, str(snapshot.version), manifest.model_dump(mode="json")
+            )
         except StoreConflict as conflict:
             raise WeightsError(f"another publisher made version {conflict.found} meanwhile") from conflict
         await self._bus.announce(f"weights.{self._bus.subjects.run}", str(snapshot.version).encode())

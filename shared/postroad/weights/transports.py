@@ -83,7 +83,7 @@ class TcpReader(Reader):
         self._fill(target)
 
     def _fill(self, target: np.ndarray) -> None:
-        view, done = memoryview(target), 0
+        view, done = target.data, 0
         while done < len(view):
             count = self._socket.recv_into(view[done:])
             if count == 0:
@@ -120,7 +120,7 @@ class SnapshotServer:
         try:
             while line := await asyncio.wait_for(reader.readline(), 60):
                 await asyncio.wait_for(self._answer(json.loads(line), writer), 60)
-        except (OSError, ValueError, KeyError, asyncio.TimeoutError, RuntimeError) as error:
+        except (TimeoutError, OSError, ValueError, KeyError, RuntimeError) as error:
             logger.info("a weight reader is gone: %r", error)
         finally:
             writer.close()
