@@ -1,10 +1,24 @@
-"""Log-probabilities of chosen tokens from logits, with their entropy: one softmax for forward and backward."""
+"""Log-probabilities of chosen tokens from logits, with their entropy, a few rows of logits at a time.
+
+A float32 softmax of all rows would be the largest tensor of a step; in blocks it stays in reused memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+BLOCK_ELEMENTS = 1 << 21
+
+
+def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, a float32 copy of logits[rows] / temperature)."""
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        block = slice(start, start + rows)
+        yield block, logits[block].to(torch.float32, copy=True).div_(temperature)
 
 
 class TokenLogProbabilities(torch.autograd.Function):
@@ -18,22 +32,27 @@ class TokenLogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, which: torch.Tensor, target: torch.Tensor,
                 temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        scaled = logits.float() / temperature if temperature != 1.0 else logits.float()
-        normaliser = torch.logsumexp(scaled, -1, keepdim=True)
-        probabilities = (scaled - normaliser).exp_()
-        chosen = scaled[which, target] - normaliser[which, 0]
-        entropy = normaliser[:, 0] - torch.linalg.vecdot(probabilities, scaled)
-        ctx.save_for_backward(probabilities, which, target)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        normaliser = torch.empty(len(logits), device=logits.device)
+        entropy = torch.empty_like(normaliser)
+        for block, scaled in _blocks(logits, temperature):
+            normaliser[block] = torch.logsumexp(scaled, -1)
+            probabilities = (scaled - normaliser[block, None]).exp_()
+            entropy[block] = normaliser[block] - torch.linalg.vecdot(probabilities, scaled)
+        chosen = logits[which, target].float() / temperature - normaliser[which]
+        ctx.save_for_backward(logits, normaliser, which, target)
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return chosen, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        probabilities, which, target = ctx.saved_tensors
-        gradient = gradients[0] / ctx.temperature
-        of_row = torch.zeros(len(probabilities), dtype=gradient.dtype, device=gradient.device)
-        of_row.index_add_(0, which, gradient)
-        result = probabilities * -of_row[:, None]
-        result.index_put_((which, target), gradient, accumulate=True)
-        return result.to(ctx.dtype), None, None, None
+        logits, normaliser, which, target = ctx.saved_tensors
+        weight = gradients[0] / ctx.temperature
+        of_row = torch.zeros_like(normaliser).index_add_(0, which, weight)
+        result = torch.empty_like(logits)
+        for block, scaled in _blocks(logits, ctx.temperature):
+            gradient = scaled.sub_(normaliser[block, None]).exp_().mul_(-of_row[block, None])
+            inside = (which >= block.start) & (which < block.stop)
+            gradient.index_put_((which[inside] - block.start, target[inside]), weight[inside], accumulate=True)
+            result[block] = gradient
+        return result, None, None, None

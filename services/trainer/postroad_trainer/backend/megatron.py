@@ -37,9 +37,7 @@ class MegatronBackend:
         from postroad_trainer.backend.replay import ExpertReplays
 
         self._settings = settings
-        with self._running(), warnings.catch_warnings():
-            # megatron's own: deprecations between its modules, the absence of Transformer Engine
-            warnings.simplefilter("ignore")
+        with self._running():
             initialise(settings)
             self._ranks = DataParallel()
             self._built = construction.build_model(settings)
@@ -54,7 +52,9 @@ class MegatronBackend:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         torch.set_num_threads(self._settings.threads)  # a property of the calling thread
-        with cpu_mode():
+        with cpu_mode(), warnings.catch_warnings():
+            # megatron warns of deprecated calls between its own modules
+            warnings.filterwarnings("ignore", module=r"megatron\.")
             yield
 
     # -- training ------------------------------------------------------------------------------------------------
