@@ -1,0 +1,90 @@
+"""A whole mesh in a folder of its own, driven as a user drives it: by the `postroad` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+POSTROAD = Path(sys.executable).with_name("postroad")
+
+
+@dataclass
+class Mesh:
+    """One embedded run. Everything it started is gone when the test ends."""
+
+    folder: Path
+    output: list[str] = field(default_factory=list)
+
+    def command(self, *arguments: str, check: bool = True, timeout_s: float = 120.0) -> str:
+        done = subprocess.run(
+            [POSTROAD, *arguments], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, env={**os.environ}
+        )
+        if check:
+            assert done.returncode == 0, f"postroad {' '.join(arguments)}: {done.stderr or done.stdout}\n{self.logs()}"
+        return done.stdout
+
+    def up(self, recipe: str = "tiny", *overrides: str, check: bool = True) -> str:
+        settings = [argument for override in overrides for argument in ("--set", override)]
+        path = str(ROOT / "recipes" / f"{recipe}.yaml")
+        return self.command("up", path, "--dir", str(self.folder), "--detach", *settings, check=check, timeout_s=300)
+
+    def down(self) -> None:
+        self.command("down", "--dir", str(self.folder), check=False)
+
+    def json(self, command: str, *arguments: str) -> Any:
+        return json.loads(self.command(command, "--dir", str(self.folder), "--json", *arguments))
+
+    def lines(self, command: str, *arguments: str) -> list[dict[str, Any]]:
+        text = self.command(command, "--dir", str(self.folder), "--json", *arguments, timeout_s=600)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+    def state(self) -> str:
+        return str(self.json("status")["state"])
+
+    def pids(self, kind: str) -> list[int]:
+        return [process["pid"] for process in self.json("ps") if process["kind"] == kind and process["pid"]]
+
+    def kill(self, kind: str) -> None:
+        for pid in self.pids(kind)[:1]:
+            os.kill(pid, signal.SIGKILL)
+
+    def wait(self, condition: Callable[[], bool], deadline_s: float) -> None:
+        end = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < end, f"not within {deadline_s} s: {self.command('status', check=False)}\n{self.logs()}"
+            time.sleep(0.2)
+
+    def wait_finished(self, deadline_s: float = 300.0) -> None:
+        def over() -> bool:
+            state = self.state()
+            assert state != "failed", f"the run failed: {self.json('status')}\n{self.logs()}"
+            return state == "finished"
+
+        self.wait(over, deadline_s)
+
+    def wait_step(self, number: int, deadline_s: float = 120.0) -> None:
+        self.wait(lambda: (self.json("status")["step"] or 0) >= number, deadline_s)
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"── {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-8:])
+            for path in sorted((self.folder / "logs").glob("*.log"))
+        )
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Mesh]:
+    running = Mesh(tmp_path / "run")
+    yield running
+    running.down()
