@@ -62,6 +62,22 @@ class InvalidMessage:
     error: str
 
 
+async def fetch(subscription: JetStreamContext.PullSubscription, count: int) -> list[Msg]:
+    """Up to `count` messages; none after FETCH_S seconds. nats-py turns a cancelled fetch into ConnectionClosedError,
+    so the fetch runs in a task of its own, and cancellation stays what it is."""
+    fetching = asyncio.ensure_future(subscription.fetch(count, timeout=FETCH_S))
+    try:
+        return await asyncio.shield(fetching)
+    except TimeoutError:
+        return []
+    except asyncio.CancelledError:
+        fetching.cancel()
+        await asyncio.wait({fetching})
+        if not fetching.cancelled():
+            fetching.exception()
+        raise
+
+
 class Bus:
     """One NATS connection of one run. `connect` waits for the server up to its deadline."""
 
@@ -207,7 +223,7 @@ class Bus:
                 pending = (await subscription.consumer_info()).num_pending or 0
                 while follow or (pending and position <= end):
                     # a fetch of n waits for all n: ask for what is there, or for one
-                    batch = await self._fetch(subscription, min(max(pending, 1), READ_BATCH))
+                    batch = await fetch(subscription, min(max(pending, 1), READ_BATCH))
                     if not batch:
                         yield None
                         pending = (await subscription.consumer_info()).num_pending or 0  # raises where it is lost
@@ -221,12 +237,6 @@ class Bus:
                 await asyncio.sleep(0.1)
             finally:
                 await self._close_reader(subscription)
-
-    async def _fetch(self, subscription: JetStreamContext.PullSubscription, count: int) -> list[Msg]:
-        try:
-            return await subscription.fetch(count, timeout=FETCH_S)
-        except TimeoutError:
-            return []
 
     async def _decoded(self, raw: Msg) -> LoggedMessage | InvalidMessage:
         sequence = raw.metadata.sequence.stream

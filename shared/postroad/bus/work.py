@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from postroad.bus.bus import FETCH_S, Bus, BusError
+from postroad.bus.bus import Bus, BusError, fetch
 from postroad.bus.claims import ClaimLost
 from postroad.messages import DeadLetter, DeadReason, Message, SchemaError
 from postroad.telemetry.tracing import span_from_headers
@@ -94,22 +94,19 @@ async def _pump(
     try:
         while not stop.is_set():
             await slots.acquire()
-            fetch = asyncio.create_task(subscription.fetch(1, timeout=FETCH_S))
-            await asyncio.wait({fetch, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not fetch.done():
-                fetch.cancel()
-                slots.release()
-                return
+            fetching = asyncio.create_task(fetch(subscription, 1))
             try:
-                messages = fetch.result()
-            except TimeoutError:
+                await asyncio.wait({fetching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                fetching.cancel()  # nothing happens where it is done
+            (messages,) = await asyncio.gather(fetching, return_exceptions=True)
+            if isinstance(messages, BaseException) or not messages:
                 slots.release()
-                if bus.client.is_connected:
+                if isinstance(messages, Exception):
+                    raise messages
+                if not stop.is_set() and bus.client.is_connected:
                     await subscription.consumer_info()  # raises where a restarted server has lost the consumer
                 continue
-            except BaseException:
-                slots.release()
-                raise
             for message in messages:
                 group.create_task(_handle_and_release(bus, hop, message, slots))
     finally:
