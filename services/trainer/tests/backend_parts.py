@@ -29,7 +29,9 @@ def backend(folder: Path, **settings: Any) -> MegatronBackend:
     return MegatronBackend(BackendSettings(**{"model_path": folder, "dtype": "float32", **settings}))
 
 
-def make_rows(groups: int = 3, members: int = 4, seed: int = 0, experts: tuple[int, int, int] | None = None) -> list[TrainRow]:
+def make_rows(
+    groups: int = 3, members: int = 4, seed: int = 0, experts: tuple[int, int, int] | None = None
+) -> list[TrainRow]:
     """Groups with a common prompt; ragged responses, one of them with an untrained stretch in its middle.
 
     experts: (layers, topk, number of experts) of random recorded routing, equal on the prompts of a group.
@@ -52,7 +54,9 @@ def make_rows(groups: int = 3, members: int = 4, seed: int = 0, experts: tuple[i
                 mask[len(prompt) + 1 : len(prompt) + 3] = 0
             routed = np.concatenate([of_prompt, routing(len(response) - 1)]) if experts else None
             logprobs = np.where(mask, random.normal(-4.5, 0.4, len(tokens)), 0).astype(np.float32)
-            rows.append(TrainRow(f"{group}/{member}", f"g{group}", tokens, mask, logprobs, float(random.normal()), routed))
+            rows.append(
+                TrainRow(f"{group}/{member}", f"g{group}", tokens, mask, logprobs, float(random.normal()), routed)
+            )
     return rows
 
 
@@ -63,8 +67,12 @@ def by_name(trained: MegatronBackend, attribute: str = "main_grad") -> dict[str,
     for entry in trained._built.family.entries(model):
         if entry.parameter.requires_grad:
             value = getattr(entry.parameter, attribute)
-            parts = from_megatron(Entry(entry.parameter, entry.kind, entry.names), value, model.config.num_query_groups,
-                                  model.config.kv_channels)
+            parts = from_megatron(
+                Entry(entry.parameter, entry.kind, entry.names),
+                value,
+                model.config.num_query_groups,
+                model.config.kv_channels,
+            )
             found |= {name: part.clone() for name, part in zip(entry.names, parts, strict=True)}
     return found
 

@@ -9,8 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postroad_trainer.algorithms import (clipped_policy_loss, grpo_advantages, kl_k3, token_weights,
-                                         truncated_importance_weights)
+from postroad_trainer.algorithms import (
+    clipped_policy_loss,
+    grpo_advantages,
+    kl_k3,
+    token_weights,
+    truncated_importance_weights,
+)
 
 REWARDS = st.lists(st.floats(-100, 100), min_size=1, max_size=9)
 LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=9)
@@ -42,9 +47,18 @@ def test_rewards_that_are_no_rewards_are_refused(rewards: torch.Tensor) -> None:
         grpo_advantages(rewards)
 
 
-@pytest.mark.parametrize(("log_ratio", "advantage", "loss", "clipped"), [
-    (0.0, 1.0, -1.0, False), (0.4, 1.0, -1.28, True), (0.4, -1.0, 1.491825, False), (-0.4, 1.0, -0.670320, False),
-    (-0.4, -1.0, 0.8, True), (2.0, 1.0, -1.28, True), (2.0, -1.0, 7.389056, False)])
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "loss", "clipped"),
+    [
+        (0.0, 1.0, -1.0, False),
+        (0.4, 1.0, -1.28, True),
+        (0.4, -1.0, 1.491825, False),
+        (-0.4, 1.0, -0.670320, False),
+        (-0.4, -1.0, 0.8, True),
+        (2.0, 1.0, -1.28, True),
+        (2.0, -1.0, 7.389056, False),
+    ],
+)
 def test_policy_loss_table(log_ratio: float, advantage: float, loss: float, clipped: bool) -> None:
     result = clipped_policy_loss(torch.tensor([log_ratio]), torch.zeros(1), torch.tensor([advantage]), 0.2, 0.28)
     assert float(result.loss_N) == pytest.approx(loss, abs=1e-5)
@@ -69,12 +83,16 @@ def test_truncated_weights_table() -> None:
 @given(LOGPROBS, LOGPROBS, st.floats(0.1, 10))
 def test_truncated_weights_are_bounded_and_detached(old: list[float], engine: list[float], cap: float) -> None:
     size = min(len(old), len(engine))
-    weights = truncated_importance_weights(torch.tensor(old[:size], requires_grad=True), torch.tensor(engine[:size]), cap)
+    weights = truncated_importance_weights(
+        torch.tensor(old[:size], requires_grad=True), torch.tensor(engine[:size]), cap
+    )
     assert not weights.requires_grad
     assert float(weights.max()) <= cap * (1 + 1e-6) and float(weights.min()) > 0
 
 
-@pytest.mark.parametrize(("difference", "value"), [(0.5, 0.106531), (-0.5, 0.148721), (-4.0, 49.598150), (3.0, 2.049787)])
+@pytest.mark.parametrize(
+    ("difference", "value"), [(0.5, 0.106531), (-0.5, 0.148721), (-4.0, 49.598150), (3.0, 2.049787)]
+)
 def test_k3_table(difference: float, value: float) -> None:
     assert float(kl_k3(torch.tensor([difference]), torch.zeros(1))) == pytest.approx(value, abs=1e-4)
 

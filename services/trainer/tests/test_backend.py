@@ -18,7 +18,9 @@ from postroad_trainer.backend import BackendError, BackendSettings
 from postroad_trainer.batch import RowError, StepSettings, TrainRow
 
 
-def _reference(folder: Path, rows: list[TrainRow], settings: StepSettings) -> tuple[dict[str, torch.Tensor], list[Any], float]:
+def _reference(
+    folder: Path, rows: list[TrainRow], settings: StepSettings
+) -> tuple[dict[str, torch.Tensor], list[Any], float]:
     """Gradients, log-probabilities and mean |difference| by transformers, row by row."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     trained = sum(int(row.loss_mask.sum()) for row in rows)
@@ -29,16 +31,22 @@ def _reference(folder: Path, rows: list[TrainRow], settings: StepSettings) -> tu
         current = all_logprobs.gather(1, tokens[1:, None])[:, 0][mask[1:]]
         difference = current.detach() - torch.from_numpy(row.logprobs)[mask]
         weight = difference.exp().clamp(max=settings.tis_cap) if settings.tis_cap else 1.0
-        share = {"token": 1 / trained, "sample": 1 / len(rows) / int(mask.sum()),
-                 "constant": 1 / len(rows) / (settings.constant_length or 1)}[settings.reducer]
+        share = {
+            "token": 1 / trained,
+            "sample": 1 / len(rows) / int(mask.sum()),
+            "constant": 1 / len(rows) / (settings.constant_length or 1),
+        }[settings.reducer]
         (-row.advantage * share * weight * current).sum().backward()
         gap += float(difference.abs().sum())
         logprobs.append(torch.zeros(len(tokens)).masked_scatter(mask, current.detach()).numpy())
     return {name: value.grad for name, value in model.named_parameters()}, logprobs, gap / trained
 
 
-STEPS = [FROZEN_STEP, dataclasses.replace(FROZEN_STEP, reducer="sample", temperature=0.7, tis_cap=None),
-         dataclasses.replace(FROZEN_STEP, reducer="constant", constant_length=16, tis_cap=1.1)]
+STEPS = [
+    FROZEN_STEP,
+    dataclasses.replace(FROZEN_STEP, reducer="sample", temperature=0.7, tis_cap=None),
+    dataclasses.replace(FROZEN_STEP, reducer="constant", constant_length=16, tis_cap=1.1),
+]
 
 
 @pytest.mark.parametrize("settings", STEPS, ids=lambda settings: settings.reducer)
@@ -170,16 +178,20 @@ def _changed(**changes: Any) -> list[TrainRow]:
 FIRST = make_rows()[0]
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"advantage": math.nan}, "sample '0/0': the advantage is nan"),
-    ({"loss_mask": np.zeros_like(FIRST.loss_mask)}, "no token is trained"),
-    ({"loss_mask": np.ones_like(FIRST.loss_mask)}, "token 0 is trained"),
-    ({"tokens": np.full_like(FIRST.tokens, 4000)}, "token id 4000 is outside the vocabulary of 100"),
-    ({"tokens": np.full_like(FIRST.tokens, -1)}, "token id -1 is outside"),
-    ({"logprobs": FIRST.logprobs[:-1]}, "must have one shape"),
-    ({"logprobs": np.full_like(FIRST.logprobs, np.nan)}, "engine log-probability"),
-    ({"routed_experts": np.zeros((3, 2, 2), np.uint8)}, "one row per token that was an input"),
-    ({"routed_experts": np.zeros((len(FIRST.tokens) - 1, 2, 2), np.uint8)}, "no MoE layer")])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"advantage": math.nan}, "sample '0/0': the advantage is nan"),
+        ({"loss_mask": np.zeros_like(FIRST.loss_mask)}, "no token is trained"),
+        ({"loss_mask": np.ones_like(FIRST.loss_mask)}, "token 0 is trained"),
+        ({"tokens": np.full_like(FIRST.tokens, 4000)}, "token id 4000 is outside the vocabulary of 100"),
+        ({"tokens": np.full_like(FIRST.tokens, -1)}, "token id -1 is outside"),
+        ({"logprobs": FIRST.logprobs[:-1]}, "must have one shape"),
+        ({"logprobs": np.full_like(FIRST.logprobs, np.nan)}, "engine log-probability"),
+        ({"routed_experts": np.zeros((3, 2, 2), np.uint8)}, "one row per token that was an input"),
+        ({"routed_experts": np.zeros((len(FIRST.tokens) - 1, 2, 2), np.uint8)}, "no MoE layer"),
+    ],
+)
 def test_a_row_that_can_not_be_trained_is_named(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     ours = backend(model_folder(tmp_path))
     with pytest.raises(RowError, match=sentence):
@@ -194,16 +206,31 @@ def test_a_row_longer_than_a_micro_batch_is_refused(tmp_path: Path) -> None:
         ours.train_step([], StepSettings(1e-3))
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}, "overlap_p2p"), ({"tensor_parallel": 2}, "data parallel only"),
-    ({"dtype": "float16"}, "float16"), ({"threads": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}, "overlap_p2p"),
+        ({"tensor_parallel": 2}, "data parallel only"),
+        ({"dtype": "float16"}, "float16"),
+        ({"threads": 0}, "at least 1"),
+    ],
+)
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BackendError, match=sentence):
         BackendSettings(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"learning_rate": math.inf}, {"clip_low": 1.0}, {"tis_cap": 0.0},
-                                     {"temperature": 0.0}, {"reducer": "mean"}, {"reducer": "constant"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": math.inf},
+        {"clip_low": 1.0},
+        {"tis_cap": 0.0},
+        {"temperature": 0.0},
+        {"reducer": "mean"},
+        {"reducer": "constant"},
+    ],
+)
 def test_step_settings_that_mean_nothing_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         StepSettings(**{"learning_rate": 1e-3, **changes})

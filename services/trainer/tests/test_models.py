@@ -48,7 +48,9 @@ def test_a_tiny_folder_has_a_tokenizer_that_writes_what_it_reads(tmp_path: Path)
     assert len(tokenizer) <= 300
     ids = tokenizer.encode(CHARACTERS, add_special_tokens=False)
     assert len(ids) == len(CHARACTERS) and tokenizer.decode(ids) == CHARACTERS
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "2 + 3"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2 + 3"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat == "<|im_start|>user\n2 + 3<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
     assert ids[0] == 1 and ids.count(2) == 1 and tokenizer.eos_token_id == 2
@@ -65,11 +67,17 @@ def _edit(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not known.*LlamaForCausalLM.*Qwen3MoeForCausalLM"),
-    ({"hidden_size": "wide"}, "hidden_size is 'wide'"), ({"attention_bias": True}, "attention_bias is True"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope type 'yarn'"),
-    ({"num_hidden_layers": 4}, "no tensor model.layers.3"), ({"intermediate_size": 128}, "config.json asks for")])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not known.*LlamaForCausalLM.*Qwen3MoeForCausalLM"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope type 'yarn'"),
+        ({"num_hidden_layers": 4}, "no tensor model.layers.3"),
+        ({"intermediate_size": 128}, "config.json asks for"),
+    ],
+)
 def test_a_model_that_can_not_be_used_is_refused(tmp_path: Path, changes: dict[str, object], sentence: str) -> None:
     folder = model_folder(tmp_path)
     _edit(folder, **changes)

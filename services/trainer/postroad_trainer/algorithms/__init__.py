@@ -6,4 +6,11 @@ from postroad_trainer.algorithms.divergences import kl_k3
 from postroad_trainer.algorithms.losses import ClippedLoss, clipped_policy_loss
 from postroad_trainer.algorithms.reducers import token_weights
 
-__all__ = ["ClippedLoss", "clipped_policy_loss", "grpo_advantages", "kl_k3", "token_weights", "truncated_importance_weights"]
+__all__ = [
+    "ClippedLoss",
+    "clipped_policy_loss",
+    "grpo_advantages",
+    "kl_k3",
+    "token_weights",
+    "truncated_importance_weights",
+]

@@ -16,8 +16,9 @@ class ClippedLoss(NamedTuple):
     clipped_N: torch.Tensor
 
 
-def clipped_policy_loss(current_N: torch.Tensor, old_N: torch.Tensor, advantage_N: torch.Tensor,
-                        clip_low: float, clip_high: float) -> ClippedLoss:
+def clipped_policy_loss(
+    current_N: torch.Tensor, old_N: torch.Tensor, advantage_N: torch.Tensor, clip_low: float, clip_high: float
+) -> ClippedLoss:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) with r = exp(current - old), all [N].
 
     Schulman et al. 2017 (PPO, arXiv:1707.06347, eq. 7); a clip_high above clip_low is DAPO's clip-higher

@@ -79,8 +79,13 @@ class State:
 
     def identity(self, architecture: str, dtype: str, world_size: int) -> Identity:
         values = self._parameters.values()
-        return Identity(architecture, dtype, world_size, sum(parameter.numel() for parameter in values),
-                        sum(parameter.numel() for parameter in values if not parameter.requires_grad))
+        return Identity(
+            architecture,
+            dtype,
+            world_size,
+            sum(parameter.numel() for parameter in values),
+            sum(parameter.numel() for parameter in values if not parameter.requires_grad),
+        )
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
@@ -88,7 +93,10 @@ def random_tensors() -> dict[str, torch.Tensor]:
     from megatron.core import tensor_parallel
 
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
-    return {"random/torch": torch.get_rng_state(), **{f"random/tracker/{name}": state for name, state in tracker.items()}}
+    return {
+        "random/torch": torch.get_rng_state(),
+        **{f"random/tracker/{name}": state for name, state in tracker.items()},
+    }
 
 
 def restore_random(tensors: dict[str, torch.Tensor]) -> None:
@@ -124,8 +132,12 @@ def save(folder: Path, state: State, identity: Identity, ranks: DataParallel) ->
     tensors = {name: tensor.contiguous() for name, tensor in {**state.tensors(), **random_tensors()}.items()}
     stem = f"rank-{ranks.rank:05d}"
     save_file(tensors, temporary / f"{stem}.safetensors")
-    description = {"format": FORMAT, **asdict(identity), "rank": ranks.rank,
-                   "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()}}
+    description = {
+        "format": FORMAT,
+        **asdict(identity),
+        "rank": ranks.rank,
+        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+    }
     (temporary / f"{stem}.json").write_text(json.dumps(description, indent=1))
     for part in (f"{stem}.safetensors", f"{stem}.json"):
         _sync(temporary / part)
@@ -143,8 +155,10 @@ def load(folder: Path, state: State, identity: Identity, ranks: DataParallel) ->
     description = _description(folder / f"{stem}.json")
     for key, own in asdict(identity).items():
         if description.get(key) != own:
-            raise BackendError(f"{folder}: the checkpoint's {key} is {description.get(key)!r}, this trainer's is {own!r}; "
-                               "load it into a trainer of the same model and sizes")
+            raise BackendError(
+                f"{folder}: the checkpoint's {key} is {description.get(key)!r}, this trainer's is {own!r}; "
+                "load it into a trainer of the same model and sizes"
+            )
     tensors = _verified(folder / f"{stem}.safetensors", description["checksums"])
     state.restore(tensors)
     restore_random(tensors)
@@ -174,5 +188,7 @@ def _verified(path: Path, checksums: dict[str, str]) -> dict[str, torch.Tensor]:
         raise BackendError(f"{path} and its JSON name different tensors; use an older checkpoint")
     for name, tensor in tensors.items():
         if _checksum(tensor) != checksums[name]:
-            raise BackendError(f"{path}: {name} does not have its checksum; the file is damaged, use an older checkpoint")
+            raise BackendError(
+                f"{path}: {name} does not have its checksum; the file is damaged, use an older checkpoint"
+            )
     return tensors

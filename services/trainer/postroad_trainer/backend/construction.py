@@ -36,13 +36,25 @@ def transformer_config(settings: BackendSettings, configuration: ModelConfigurat
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         **family.arguments(configuration),
-        tensor_model_parallel_size=settings.tensor_parallel, pipeline_model_parallel_size=settings.pipeline_parallel,
-        context_parallel_size=settings.context_parallel, expert_model_parallel_size=settings.expert_parallel,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype is torch.bfloat16, perform_initialization=False,
-        attention_softmax_in_fp32=True, calculate_per_token_loss=True, bias_dropout_fusion=False,
-        bias_activation_fusion=False, masked_softmax_fusion=False, persist_layer_norm=False,
-        gradient_accumulation_fusion=False, apply_rope_fusion=False, cross_entropy_loss_fusion=False,
-        **(recompute if settings.recompute else {}))
+        tensor_model_parallel_size=settings.tensor_parallel,
+        pipeline_model_parallel_size=settings.pipeline_parallel,
+        context_parallel_size=settings.context_parallel,
+        expert_model_parallel_size=settings.expert_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        perform_initialization=False,
+        attention_softmax_in_fp32=True,
+        calculate_per_token_loss=True,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        cross_entropy_loss_fusion=False,
+        **(recompute if settings.recompute else {}),
+    )
 
 
 def build_model(settings: BackendSettings) -> BuiltModel:
@@ -52,10 +64,15 @@ def build_model(settings: BackendSettings) -> BuiltModel:
     config = transformer_config(settings, configuration, family)
     table = LayoutTable()
     model = GPTModel(
-        config, block_spec(config, table), vocab_size=configuration.integer("vocab_size"),
-        max_sequence_length=configuration.integer("max_position_embeddings"), parallel_output=True,
-        share_embeddings_and_output_weights=configuration.tied, position_embedding_type="rope",
-        rotary_base=configuration.rope_theta)
+        config,
+        block_spec(config, table),
+        vocab_size=configuration.integer("vocab_size"),
+        max_sequence_length=configuration.integer("max_position_embeddings"),
+        parallel_output=True,
+        share_embeddings_and_output_weights=configuration.tied,
+        position_embedding_type="rope",
+        rotary_base=configuration.rope_theta,
+    )
     model.rotary_pos_emb = LayoutRotary(table, model.rotary_pos_emb.inv_freq)
     load_weights(model, family, settings.model_path)
     if settings.freeze_embedding:
@@ -65,8 +82,9 @@ def build_model(settings: BackendSettings) -> BuiltModel:
 
 def wrap_model(model: Any) -> Any:
     """megatron's DDP: float32 gradients in one buffer, reduced once at the end of the step."""
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False,
-                                           use_distributed_optimizer=False)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+    )
     wrapped = DistributedDataParallel(model.config, config, model)
     # The loss is normalised over the whole batch beforehand: gradients are summed and not divided again.
     model.config.finalize_model_grads_func = functools.partial(_finalize, finalize_model_grads)
@@ -80,10 +98,21 @@ def _finalize(finalize: Any, chunks: list[Any], _tokens: torch.Tensor | None, **
 def build_optimizer(settings: BackendSettings, wrapped: Any) -> Any:
     """AdamW with float32 masters (bfloat16 models) through megatron; torch's fused kernel where torch does the work."""
     dtype = DTYPES[settings.dtype]
-    optimizer = get_megatron_optimizer(OptimizerConfig(
-        optimizer="adam", lr=0.0, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps, weight_decay=settings.weight_decay, clip_grad=1.0,
-        use_distributed_optimizer=False, params_dtype=dtype, bf16=dtype is torch.bfloat16), [wrapped])
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+            clip_grad=1.0,
+            use_distributed_optimizer=False,
+            params_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+        ),
+        [wrapped],
+    )
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False

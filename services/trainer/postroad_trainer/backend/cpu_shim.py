@@ -16,7 +16,7 @@ import threading
 import types
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -67,7 +67,7 @@ class _Null:
 
 
 class _TritonStub(types.ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "3.6.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -99,12 +99,22 @@ def _replace_cuda() -> None:
         return lambda *_, **__: value
 
     replacements = {
-        "current_device": answer(CPU), "set_device": answer(None), "synchronize": answer(None),
-        "empty_cache": answer(None), "Stream": _Null, "Event": _Null, "current_stream": answer(null),
-        "default_stream": answer(null), "stream": answer(contextlib.nullcontext()), "device_count": answer(1),
-        "get_device_capability": answer((0, 0)), "is_current_stream_capturing": answer(False),
+        "current_device": answer(CPU),
+        "set_device": answer(None),
+        "synchronize": answer(None),
+        "empty_cache": answer(None),
+        "Stream": _Null,
+        "Event": _Null,
+        "current_stream": answer(null),
+        "default_stream": answer(null),
+        "stream": answer(contextlib.nullcontext()),
+        "device_count": answer(1),
+        "get_device_capability": answer((0, 0)),
+        "is_current_stream_capturing": answer(False),
         "get_device_properties": answer(types.SimpleNamespace(multi_processor_count=1, major=0, minor=0)),
-        "memory_allocated": answer(0), "max_memory_allocated": answer(0), "memory_reserved": answer(0),
+        "memory_allocated": answer(0),
+        "max_memory_allocated": answer(0),
+        "memory_reserved": answer(0),
         # On the CPU the "CUDA" generator is the default generator.
         "get_rng_state": lambda *_, **__: torch.random.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.random.set_rng_state(state),
@@ -126,7 +136,8 @@ def _repair_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.random.set_rng_state(state)
     # all_to_all split sizes must be numpy, which megatron makes only of tensors that live on a GPU
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor)
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
 
 _ready = False

@@ -72,8 +72,15 @@ class _Span:
         return b"" if routed is None else routed[: self.first].tobytes()
 
 
-def plan(rows: Sequence[tuple[int, TrainRow]], *, tree_tokens: int, micro_batch_tokens: int, share_prompts: bool,
-         ranks: int, rank: int) -> Plan:
+def plan(
+    rows: Sequence[tuple[int, TrainRow]],
+    *,
+    tree_tokens: int,
+    micro_batch_tokens: int,
+    share_prompts: bool,
+    ranks: int,
+    rank: int,
+) -> Plan:
     """This rank's micro-batches of the (index in batch, row) pairs. Every rank gets equally many micro-batches."""
     trees, not_shared = build_trees(rows, tree_tokens if share_prompts else 0)
     shares = _split(trees, ranks)
@@ -132,7 +139,9 @@ def _tree(spans: list[_Span]) -> Tree:
         row.append(np.full(len(trained), span.index))
         place.append(trained)
         offset += length
-    whole = [np.concatenate(part).astype(np.int64) for part in (tokens, positions, segments, source, target, row, place)]
+    whole = [
+        np.concatenate(part).astype(np.int64) for part in (tokens, positions, segments, source, target, row, place)
+    ]
     return Tree(*whole, experts=None if experts is None else np.concatenate(experts))
 
 

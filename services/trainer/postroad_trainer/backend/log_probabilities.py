@@ -30,8 +30,9 @@ class TokenLogProbabilities(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, which: torch.Tensor, target: torch.Tensor,
-                temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, logits: torch.Tensor, which: torch.Tensor, target: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         normaliser = torch.empty(len(logits), device=logits.device)
         entropy = torch.empty_like(normaliser)
         for block, scaled in _blocks(logits, temperature):

@@ -68,8 +68,14 @@ class MegatronBackend:
         self._validate(rows)
         active = [(index, row) for index, row in enumerate(rows) if row.advantage != 0]
         if not active:
-            return self._result(rows, seconds={"total": time.perf_counter() - started}, loss=0.0, skipped=True,
-                                skip_reason="every advantage is 0", rows_skipped=len(rows))
+            return self._result(
+                rows,
+                seconds={"total": time.perf_counter() - started},
+                loss=0.0,
+                skipped=True,
+                skip_reason="every advantage is 0",
+                rows_skipped=len(rows),
+            )
         with self._running():
             planned = self._plan(active)
             batches = [MicroBatch.of(trees, self._device) for trees in planned.micro_batches]
@@ -83,11 +89,21 @@ class MegatronBackend:
             grad_norm, stepped = self._update(settings)
         ended = time.perf_counter()
         return self._result(
-            rows, **measured, grad_norm=grad_norm, skipped=not stepped,
-            skip_reason=None if stepped else f"the gradient norm is {grad_norm}", rows_skipped=len(rows) - len(active),
-            computed_tokens=planned.computed_tokens, prompts_not_shared=planned.prompts_not_shared,
-            seconds={"plan": ready - started, "forward_backward": ran - ready, "optimizer": ended - ran,
-                     "total": ended - started})
+            rows,
+            **measured,
+            grad_norm=grad_norm,
+            skipped=not stepped,
+            skip_reason=None if stepped else f"the gradient norm is {grad_norm}",
+            rows_skipped=len(rows) - len(active),
+            computed_tokens=planned.computed_tokens,
+            prompts_not_shared=planned.prompts_not_shared,
+            seconds={
+                "plan": ready - started,
+                "forward_backward": ran - ready,
+                "optimizer": ended - ran,
+                "total": ended - started,
+            },
+        )
 
     def logprobs(self, rows: Sequence[TrainRow], temperature: float = 1.0) -> list[np.ndarray]:
         """The model's log-probability of every trained token: float32 [T] per row, 0 where the mask is 0."""
@@ -122,15 +138,26 @@ class MegatronBackend:
 
     def _plan(self, rows: list[tuple[int, TrainRow]]) -> Plan:
         settings = self._settings
-        return plan(rows, tree_tokens=settings.tree_tokens, micro_batch_tokens=settings.micro_batch_tokens,
-                    share_prompts=settings.share_prompts, ranks=self._ranks.size, rank=self._ranks.rank)
+        return plan(
+            rows,
+            tree_tokens=settings.tree_tokens,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            share_prompts=settings.share_prompts,
+            ranks=self._ranks.size,
+            rank=self._ranks.rank,
+        )
 
     def _run(self, batches: list[MicroBatch], settings: StepSettings, forward_only: bool = False) -> list[Any]:
         """megatron's schedule over the micro-batches: Objective of each, or log-probabilities [p] if forward_only."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        def head(hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: MicroBatch,
-                 **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def head(
+            hidden_states: torch.Tensor,
+            output_layer: Any,
+            output_weight: torch.Tensor | None,
+            context: MicroBatch,
+            **_: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             # only the positions that predict a trained token go through the vocabulary
             logits, _bias = output_layer(hidden_states[context.sources], weight=output_weight)
             return TokenLogProbabilities.apply(logits[:, 0], context.which, context.targets, settings.temperature)
@@ -152,9 +179,17 @@ class MegatronBackend:
             return output, loss
 
         try:
-            return list(get_forward_backward_func()(
-                forward_step_func=forward, data_iterator=iter(batches), model=self._wrapped,
-                num_microbatches=len(batches), seq_length=1, micro_batch_size=1, forward_only=forward_only))
+            return list(
+                get_forward_backward_func()(
+                    forward_step_func=forward,
+                    data_iterator=iter(batches),
+                    model=self._wrapped,
+                    num_microbatches=len(batches),
+                    seq_length=1,
+                    micro_batch_size=1,
+                    forward_only=forward_only,
+                )
+            )
         finally:
             self._built.table.clear()
             self._replays.feed(None)
@@ -169,9 +204,13 @@ class MegatronBackend:
         total = dict(zip((*SUMS, "differing", "compared"), sums, strict=True))
         trained = total["trained"]
         return {
-            "loss": total["loss"], "logprob_abs_diff_mean": total["abs_diff"] / trained,
-            "logprob_abs_diff_max": float(largest[0]), "clip_fraction": total["clipped"] / trained,
-            "tis_mean": total["tis"] / trained, "entropy": total["entropy"] / trained, "kl_k3": total["kl_k3"] / trained,
+            "loss": total["loss"],
+            "logprob_abs_diff_mean": total["abs_diff"] / trained,
+            "logprob_abs_diff_max": float(largest[0]),
+            "clip_fraction": total["clipped"] / trained,
+            "tis_mean": total["tis"] / trained,
+            "entropy": total["entropy"] / trained,
+            "kl_k3": total["kl_k3"] / trained,
             "experts_differ_fraction": total["differing"] / total["compared"] if total["compared"] else None,
         }
 
@@ -203,11 +242,29 @@ class MegatronBackend:
 
     @staticmethod
     def _result(rows: Sequence[TrainRow], **fields: Any) -> StepResult:
-        unknown = dict.fromkeys(("grad_norm", "logprob_abs_diff_mean", "logprob_abs_diff_max", "clip_fraction", "tis_mean",
-                                 "entropy", "kl_k3", "experts_differ_fraction"))
-        return StepResult(**{**unknown, "rows": len(rows), "tokens": sum(len(row.tokens) for row in rows),
-                             "trained_tokens": sum(int(row.loss_mask.sum()) for row in rows), "computed_tokens": 0,
-                             "prompts_not_shared": 0, **fields})
+        unknown = dict.fromkeys(
+            (
+                "grad_norm",
+                "logprob_abs_diff_mean",
+                "logprob_abs_diff_max",
+                "clip_fraction",
+                "tis_mean",
+                "entropy",
+                "kl_k3",
+                "experts_differ_fraction",
+            )
+        )
+        return StepResult(
+            **{
+                **unknown,
+                "rows": len(rows),
+                "tokens": sum(len(row.tokens) for row in rows),
+                "trained_tokens": sum(int(row.loss_mask.sum()) for row in rows),
+                "computed_tokens": 0,
+                "prompts_not_shared": 0,
+                **fields,
+            }
+        )
 
     # -- weights and state -----------------------------------------------------------------------------------------
 

@@ -49,10 +49,15 @@ class MicroBatch:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
 
         return MicroBatch(
-            layout=Layout.of(trees, device), tokens=put(np.concatenate([tree.tokens for tree in trees]))[None],
-            sources=put(sources), which=put(which), targets=put(np.concatenate([tree.target for tree in trees])),
-            row=np.concatenate([tree.row for tree in trees]), place=np.concatenate([tree.place for tree in trees]),
-            experts=experts)
+            layout=Layout.of(trees, device),
+            tokens=put(np.concatenate([tree.tokens for tree in trees]))[None],
+            sources=put(sources),
+            which=put(which),
+            targets=put(np.concatenate([tree.target for tree in trees])),
+            row=np.concatenate([tree.row for tree in trees]),
+            place=np.concatenate([tree.place for tree in trees]),
+            experts=experts,
+        )
 
     def weigh(self, rows: Sequence[TrainRow], settings: StepSettings) -> None:
         """Adds what the loss needs; the normaliser counts all rows of the batch, run or not."""
@@ -86,7 +91,14 @@ def objective(batch: MicroBatch, current: torch.Tensor, entropy: torch.Tensor, s
         correction = truncated_importance_weights(old, batch.engine, settings.tis_cap)
     loss = (batch.weight * correction * policy.loss_N).sum()
     difference = (old - batch.engine).abs()
-    parts = (loss.detach(), torch.tensor(float(len(old))), difference.sum(), policy.clipped_N.sum(), correction.sum(),
-             entropy[batch.which].sum(), kl_k3(batch.engine, old).sum())
+    parts = (
+        loss.detach(),
+        torch.tensor(float(len(old))),
+        difference.sum(),
+        policy.clipped_N.sum(),
+        correction.sum(),
+        entropy[batch.which].sum(),
+        kl_k3(batch.engine, old).sum(),
+    )
     largest = difference.amax() if len(old) else torch.zeros(())
     return Objective(loss, torch.stack([part.double().to(loss.device) for part in parts]), largest.double().reshape(1))

@@ -23,14 +23,22 @@ def initialise(settings: BackendSettings) -> None:
     sizes = (settings.tensor_parallel, settings.pipeline_parallel, settings.context_parallel)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            settings.tensor_parallel, settings.pipeline_parallel, context_parallel_size=settings.context_parallel,
-            expert_model_parallel_size=settings.expert_parallel, expert_tensor_parallel_size=settings.tensor_parallel)
-    built = (parallel_state.get_tensor_model_parallel_world_size(),
-             parallel_state.get_pipeline_model_parallel_world_size(),
-             parallel_state.get_context_parallel_world_size())
+            settings.tensor_parallel,
+            settings.pipeline_parallel,
+            context_parallel_size=settings.context_parallel,
+            expert_model_parallel_size=settings.expert_parallel,
+            expert_tensor_parallel_size=settings.tensor_parallel,
+        )
+    built = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
     if built != sizes:
-        raise BackendError(f"this process already has groups of (tensor, pipeline, context) {built}; {sizes} was asked "
-                           "for. Start a new process for another layout")
+        raise BackendError(
+            f"this process already has groups of (tensor, pipeline, context) {built}; {sizes} was asked "
+            "for. Start a new process for another layout"
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
 
 

@@ -23,8 +23,14 @@ class ExpertReplay(RouterReplay):
         self.differing = 0
         self.compared = 0
 
-    def get_replay_topk(self, scores: torch.Tensor, topk: int, num_groups: int | None = None,
-                        group_topk: int | None = None, default_compute_topk: Any = None) -> tuple[Any, Any]:
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Any = None,
+    ) -> tuple[Any, Any]:
         recompute = is_checkpointing() and torch.is_grad_enabled()
         if recompute and self.replay_backward_list:
             target = self.replay_backward_list.pop(0)

@@ -47,14 +47,26 @@ class BackendSettings:
         if self.dtype not in ("bfloat16", "float32"):
             raise BackendError(f"dtype is {self.dtype!r}; bfloat16 or float32 expected")
         if min(self.threads, self.micro_batch_tokens, self.tree_tokens) < 1:
-            raise BackendError(f"threads {self.threads}, micro_batch_tokens {self.micro_batch_tokens} and tree_tokens "
-                               f"{self.tree_tokens} must each be at least 1")
+            raise BackendError(
+                f"threads {self.threads}, micro_batch_tokens {self.micro_batch_tokens} and tree_tokens "
+                f"{self.tree_tokens} must each be at least 1"
+            )
         if self.pipeline_parallel == 2 and self.virtual_pipeline_parallel > 1 and not self.overlap_p2p:
             # Silently wrong activations and gradients otherwise: feasibility/megatron.md, "Traps met".
-            raise BackendError("2 pipeline stages with virtual stages need overlap_p2p; without it megatron mixes up "
-                               "the stages' tensors")
-        sizes = {name: getattr(self, name) for name in ("tensor_parallel", "pipeline_parallel",
-                 "virtual_pipeline_parallel", "context_parallel", "expert_parallel")}
+            raise BackendError(
+                "2 pipeline stages with virtual stages need overlap_p2p; without it megatron mixes up "
+                "the stages' tensors"
+            )
+        sizes = {
+            name: getattr(self, name)
+            for name in (
+                "tensor_parallel",
+                "pipeline_parallel",
+                "virtual_pipeline_parallel",
+                "context_parallel",
+                "expert_parallel",
+            )
+        }
         wrong = {name: size for name, size in sizes.items() if size != 1}
         if wrong:
             raise BackendError(f"{wrong}: this backend runs data parallel only; set these sizes to 1")

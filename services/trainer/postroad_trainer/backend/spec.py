@@ -77,18 +77,27 @@ class _Ungather(torch.autograd.Function):
 class TreeAttention(MegatronModule):
     """Core attention over a Layout: query, key, value [T, 1, heads, head_dim] -> [T, 1, heads * head_dim]."""
 
-    def __init__(self, table: LayoutTable, config: Any, softmax_scale: float | None = None,
-                 k_channels: int | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        table: LayoutTable,
+        config: Any,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__(config=config)
         self._table = table
         self._scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor,
-                **_: Any) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
         layout = self._table.get(attention_mask)
         trees = layout.visible.shape[0]
-        q, k, v = (_Gather.apply(x[:, 0], layout.padded, layout.slots).unflatten(0, (trees, -1)).transpose(1, 2)
-                   for x in (query, key, value))  # [n, heads, P, head_dim]
+        q, k, v = (
+            _Gather.apply(x[:, 0], layout.padded, layout.slots).unflatten(0, (trees, -1)).transpose(1, 2)
+            for x in (query, key, value)
+        )  # [n, heads, P, head_dim]
         if q.is_cuda:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.visible, scale=self._scale, enable_gqa=True)
         else:
@@ -97,8 +106,9 @@ class TreeAttention(MegatronModule):
         return _Ungather.apply(out, layout.slots)[:, None]
 
 
-def _grouped_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor,
-                       scale: float) -> torch.Tensor:
+def _grouped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Attention with the queries of a key's group side by side, so that keys are not repeated.
 
     On the CPU in bfloat16 its forward and backward take 0.4 of the time of scaled_dot_product_attention's

@@ -39,8 +39,12 @@ class Layout:
         query, key = segments[:, :, None], segments[:, None, :]
         visible = ((key == PROMPT) | (key == query)) & np.tri(longest, dtype=bool) & (key >= 0) & (query >= 0)
         visible |= np.eye(longest, dtype=bool)
-        arrays = (np.concatenate([tree.positions for tree in trees]), padded.reshape(-1), np.concatenate(slots),
-                  visible[:, None])
+        arrays = (
+            np.concatenate([tree.positions for tree in trees]),
+            padded.reshape(-1),
+            np.concatenate(slots),
+            visible[:, None],
+        )
         return Layout(*(torch.from_numpy(array).to(device) for array in arrays))
 
 

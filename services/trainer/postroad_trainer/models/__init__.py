@@ -6,7 +6,7 @@ megatron: a family names the arguments of TransformerConfig, and walks a built m
 
 from __future__ import annotations
 
-from postroad_trainer.models.configuration import ModelError, ModelConfiguration, read_configuration
+from postroad_trainer.models.configuration import ModelConfiguration, ModelError, read_configuration
 from postroad_trainer.models.family import Family
 from postroad_trainer.models.llama import LLAMA
 from postroad_trainer.models.qwen3 import QWEN3
@@ -20,8 +20,10 @@ def family_of(configuration: ModelConfiguration) -> Family:
     for architecture in configuration.architectures:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
-    raise ModelError(f"{configuration.path}: architecture {', '.join(configuration.architectures) or '(none)'} is not "
-                     f"known to the trainer; it knows {', '.join(sorted(FAMILIES))}")
+    raise ModelError(
+        f"{configuration.path}: architecture {', '.join(configuration.architectures) or '(none)'} is not "
+        f"known to the trainer; it knows {', '.join(sorted(FAMILIES))}"
+    )
 
 
 __all__ = ["FAMILIES", "Family", "ModelConfiguration", "ModelError", "family_of", "read_configuration"]

@@ -64,7 +64,10 @@ def _convert_smollm2(folder: Path) -> None:
     tensors = dict(_tensor(tensor, heads) for tensor in reader.tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _config(meta, tied="lm_head.weight" not in tensors))
-    ids = {name: meta[f"tokenizer.ggml.{key}_token_id"] for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    ids = {
+        name: meta[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
     _write_json(folder / "generation_config.json", {f"{name}_token_id": number for name, number in ids.items()})
     _write_tokenizer(folder, meta, ids)
 
@@ -115,7 +118,10 @@ def _write_tokenizer(folder: Path, meta: dict[str, Any], ids: dict[str, int]) ->
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]

@@ -62,7 +62,9 @@ def decoder_entries(model: Any, feed_forward: Callable[[Any, str], Iterator[Entr
         prefix = f"model.layers.{layer.layer_number - 1}."
         attention = layer.self_attention
         yield Entry(layer.input_layernorm.weight, "plain", (prefix + "input_layernorm.weight",))
-        yield Entry(attention.linear_qkv.weight, "qkv", tuple(f"{prefix}self_attn.{part}_proj.weight" for part in "qkv"))
+        yield Entry(
+            attention.linear_qkv.weight, "qkv", tuple(f"{prefix}self_attn.{part}_proj.weight" for part in "qkv")
+        )
         if model.config.qk_layernorm:
             yield Entry(attention.q_layernorm.weight, "plain", (prefix + "self_attn.q_norm.weight",))
             yield Entry(attention.k_layernorm.weight, "plain", (prefix + "self_attn.k_norm.weight",))

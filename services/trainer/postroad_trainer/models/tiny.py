@@ -19,8 +19,10 @@ Kind = Literal["llama", "llama_untied", "qwen3", "qwen3_moe"]
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = "\n\t" + "".join(chr(code) for code in range(32, 127))
-TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
-            "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 UNKNOWN = "?"
 
 
@@ -46,8 +48,13 @@ def _write_tokenizer(folder: Path) -> int:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": SPECIAL[2],
-        "pad_token": SPECIAL[0], "unk_token": UNKNOWN, "clean_up_tokenization_spaces": False, "model_max_length": 1024,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[0],
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[0],
+        "unk_token": UNKNOWN,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
@@ -59,17 +66,38 @@ def _configuration(kind: Kind, vocabulary: int) -> dict[str, Any]:
     family = "llama" if kind.startswith("llama") else kind
     names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
     configuration: dict[str, Any] = {
-        "architectures": [names[family]], "model_type": family, "vocab_size": vocabulary,
-        "hidden_size": 64 if moe else 96, "intermediate_size": 128 if moe else 256, "num_hidden_layers": 2 if moe else 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16 if moe else 24, "hidden_act": "silu",
-        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "attention_bias": False,
-        "attention_dropout": 0.0, "tie_word_embeddings": kind == "llama", "initializer_range": 0.05,
-        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0, "dtype": "float32",
+        "architectures": [names[family]],
+        "model_type": family,
+        "vocab_size": vocabulary,
+        "hidden_size": 64 if moe else 96,
+        "intermediate_size": 128 if moe else 256,
+        "num_hidden_layers": 2 if moe else 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16 if moe else 24,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": kind == "llama",
+        "initializer_range": 0.05,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": "float32",
     }
     if moe:
-        configuration |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
-                          "decoder_sparse_step": 1, "mlp_only_layers": []}
+        configuration |= {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     return configuration
 
 
@@ -80,9 +108,14 @@ def _shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for layer in range(configuration["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         attention, block = prefix + "self_attn.", prefix + "mlp."
-        shapes |= {prefix + "input_layernorm.weight": (hidden,), prefix + "post_attention_layernorm.weight": (hidden,),
-                   attention + "q_proj.weight": (query, hidden), attention + "k_proj.weight": (value, hidden),
-                   attention + "v_proj.weight": (value, hidden), attention + "o_proj.weight": (hidden, query)}
+        shapes |= {
+            prefix + "input_layernorm.weight": (hidden,),
+            prefix + "post_attention_layernorm.weight": (hidden,),
+            attention + "q_proj.weight": (query, hidden),
+            attention + "k_proj.weight": (value, hidden),
+            attention + "v_proj.weight": (value, hidden),
+            attention + "o_proj.weight": (hidden, query),
+        }
         if configuration["model_type"] != "llama":
             shapes |= {attention + "q_norm.weight": (head,), attention + "k_norm.weight": (head,)}
         blocks = {block: inner}
@@ -90,8 +123,11 @@ def _shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[block + "gate.weight"] = (experts, hidden)
             blocks = {f"{block}experts.{expert}.": configuration["moe_intermediate_size"] for expert in range(experts)}
         for name, width in blocks.items():
-            shapes |= {name + "gate_proj.weight": (width, hidden), name + "up_proj.weight": (width, hidden),
-                       name + "down_proj.weight": (hidden, width)}
+            shapes |= {
+                name + "gate_proj.weight": (width, hidden),
+                name + "up_proj.weight": (width, hidden),
+                name + "down_proj.weight": (hidden, width),
+            }
     shapes["model.norm.weight"] = (hidden,)
     if not configuration["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (configuration["vocab_size"], hidden)

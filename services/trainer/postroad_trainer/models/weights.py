@@ -68,8 +68,10 @@ def load_weights(model: Any, family: Family, model_path: Path) -> None:
             tensors = [folder.tensor(name) for name in entry.names]
             value = to_megatron(entry, tensors, model.config.num_query_groups, model.config.kv_channels)
             if value.shape != entry.parameter.shape:
-                raise ModelError(f"{model_path}: {', '.join(entry.names)} give shape {tuple(value.shape)}; "
-                                 f"config.json asks for {tuple(entry.parameter.shape)}")
+                raise ModelError(
+                    f"{model_path}: {', '.join(entry.names)} give shape {tuple(value.shape)}; "
+                    f"config.json asks for {tuple(entry.parameter.shape)}"
+                )
             entry.parameter.data.copy_(value)
             filled.add(id(entry.parameter))
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]
