@@ -75,7 +75,8 @@ class State:
             optimizer_state.pop(trained, None)
             moments = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS if f"{moment}/{name}" in tensors}
             if moments:
-                optimizer_state[trained] = {key: value.to(trained.device) for key, value in moments.items()}
+                # copied: what was read is mapped from the file, which may be deleted or cut later
+                optimizer_state[trained] = {key: value.to(trained.device, copy=True) for key, value in moments.items()}
 
     def identity(self, architecture: str, dtype: str, world_size: int) -> Identity:
         values = self._parameters.values()
