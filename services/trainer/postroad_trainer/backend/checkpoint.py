@@ -90,12 +90,13 @@ class State:
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
-    """torch's generator and megatron's named ones."""
+    """torch's generators (without CUDA the second is the first) and megatron's named ones."""
     from megatron.core import tensor_parallel
 
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     return {
         "random/torch": torch.get_rng_state(),
+        "random/device": torch.cuda.get_rng_state(),
         **{f"random/tracker/{name}": state for name, state in tracker.items()},
     }
 
@@ -103,6 +104,7 @@ def random_tensors() -> dict[str, torch.Tensor]:
 def restore_random(tensors: dict[str, torch.Tensor]) -> None:
     from megatron.core import tensor_parallel
 
+    torch.cuda.set_rng_state(tensors["random/device"])
     torch.set_rng_state(tensors["random/torch"])
     head = "random/tracker/"
     states = {name.removeprefix(head): state for name, state in tensors.items() if name.startswith(head)}
