@@ -136,7 +136,7 @@ async def handle(bus: Bus, hop: Hop, raw: Msg) -> None:
                     raise Reject("invalid_message", f"a message of run {message.run!r} on {raw.subject}")
                 await hop.handler(message)
             except (SchemaError, ClaimLost) as error:
-                await _bury(bus, hop, raw, Reject("invalid_message", str(error)))
+                await _bury(bus, hop, raw, _rejection("invalid_message", error))
             except Reject as rejection:
                 await _bury(bus, hop, raw, rejection)
             except RetryLater as retry:
@@ -151,11 +151,18 @@ async def handle(bus: Bus, hop: Hop, raw: Msg) -> None:
 async def _retry(bus: Bus, hop: Hop, raw: Msg, retry: RetryLater) -> None:
     deliveries = raw.metadata.num_delivered
     if deliveries >= hop.deliveries:
-        await _bury(bus, hop, raw, Reject(retry.reason, str(retry)))
+        await _bury(bus, hop, raw, _rejection(retry.reason, retry))
         return
     hop.count(f"retry_{retry.reason}")
     logger.warning("%s: %s again after %r", hop.name, raw.subject, retry)
     await raw.nak(delay=BACKOFF_S[min(deliveries - 1, len(BACKOFF_S) - 1)])
+
+
+def _rejection(reason: DeadReason, cause: Exception) -> Reject:
+    """A Reject whose traceback shows `cause` and what caused that."""
+    rejection = Reject(reason, str(cause))
+    rejection.__cause__ = cause
+    return rejection
 
 
 async def _bury(bus: Bus, hop: Hop, raw: Msg, rejection: Reject) -> None:
