@@ -14,7 +14,7 @@ import torch
 from backend_parts import FROZEN_STEP, backend, by_name, largest_difference, make_rows, model_folder
 from transformers import AutoModelForCausalLM
 
-from postroad_trainer.backend import BackendError, BackendSettings
+from postroad_trainer.backend import BackendError, BackendSettings, cpu_shim
 from postroad_trainer.batch import RowError, StepSettings, TrainRow
 
 
@@ -168,6 +168,13 @@ def test_a_backend_may_be_built_in_one_thread_and_run_in_another(tmp_path: Path)
     thread.start()
     thread.join(60)
     assert results and not results[0].skipped
+
+
+def test_without_megatron_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_shim, "_ready", False)
+    monkeypatch.setattr(cpu_shim.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="pip install --no-deps --ignore-requires-python megatron-core==0.19.2"):
+        backend(model_folder(tmp_path))
 
 
 def _changed(**changes: Any) -> list[TrainRow]:

@@ -74,6 +74,7 @@ def build_model(settings: BackendSettings) -> BuiltModel:
         rotary_base=configuration.rope_theta,
     )
     model.rotary_pos_emb = LayoutRotary(table, model.rotary_pos_emb.inv_freq)
+    model.to(torch.cuda.current_device())  # megatron makes routers on the host
     load_weights(model, family, settings.model_path)
     if settings.freeze_embedding:
         model.embedding.word_embeddings.weight.requires_grad_(False)
