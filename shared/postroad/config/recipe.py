@@ -61,7 +61,7 @@ class DataSection(Section):
 class RewardSection(Section):
     """Who grades."""
 
-    grader: str = Field(description="math, exact, reasoning_gym, or function for a user's function.")
+    grader: str = Field(description="math, exact, positions, reasoning_gym, or function for a user's function.")
     settings: dict[str, Any] = Field(default_factory=dict, description="The grader's own settings.")
     deadline_s: float = Field(30.0, gt=0, description="Seconds that one grading may take.")
     deliveries: int = Field(5, ge=1, description="Attempts before a trajectory goes to DEAD.")

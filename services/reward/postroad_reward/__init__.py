@@ -1,0 +1,1 @@
+"""The reward service: trajectories in, samples out."""

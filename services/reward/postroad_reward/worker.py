@@ -1,0 +1,71 @@
+"""A grader's process: reads requests from its standard input, grades, answers. It may be killed at any moment.
+
+`python -m postroad_reward.worker PARENT_PID MEMORY_BYTES`. What graders print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Awaitable
+from typing import Any, BinaryIO
+
+from postroad_reward import wire
+from postroad_reward.errors import GraderSettingsError, UnknownGrader
+from postroad_reward.graders import Attempt, check, checked_grade, find
+from postroad_reward.lineage import die_with_parent
+
+
+def main() -> None:
+    die_with_parent(int(sys.argv[1]))
+    memory = int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    requests, answers = _claim_pipes()
+    with asyncio.Runner() as runner:
+        while (request := wire.read(requests)) is not None:
+            answers.write(wire.pack(answer(request, runner)))
+            answers.flush()
+
+
+def answer(request: dict[str, Any], runner: asyncio.Runner) -> dict[str, Any]:
+    """The grade, or the error with its traceback."""
+    try:
+        return _work(request, runner)
+    except (UnknownGrader, GraderSettingsError) as error:
+        return {"error": str(error), "traceback": traceback.format_exc(), "settings": True}
+    except Exception as error:  # noqa: BLE001  a grader may raise anything; the service raises it again
+        return {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()}
+
+
+def _work(request: dict[str, Any], runner: asyncio.Runner) -> dict[str, Any]:
+    grader, settings = find(request["grader"]), check(request["grader"], request["settings"])
+    if request["kind"] == "prepare":
+        grader.prepare(settings)
+        return {}
+    attempt = Attempt(request["prompt"], request["response"], request["label"], request["metadata"])
+    result = grader.grade(attempt, settings)
+    grade = checked_grade(runner.run(_await(result)) if inspect.isawaitable(result) else result)
+    return {"reward": grade.reward, "metrics": grade.metrics}
+
+
+async def _await(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """The pipes to the service, out of reach of what a grader prints, reads or starts."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The hop on a real road: every trajectory becomes one sample or one dead letter, whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from postroad.config import Environment, load_recipe
+from postroad.messages import RewardSpec, decode, encode
+from postroad_reward.service import RewardService
+
+RG = {"task": "products", "settings": {}, "seed": 1, "size": 1,
+      "entry": {"question": "3 * 4", "answer": "12", "metadata": {}}}  # fmt: skip
+
+
+async def until(condition, deadline_s=30.0):
+    """Wait until the condition, plain or async, holds."""
+    async with asyncio.timeout(deadline_s):
+        while True:
+            value = condition()
+            if await value if asyncio.iscoroutine(value) else value:
+                return
+            await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def serving(road, **reward):
+    path = road.recipe(**reward)
+    environment = Environment("r", road.folder, path, road.nats_url, road.redis_url, "key", name="reward-0")
+    service, stop = RewardService(environment, load_recipe(path)), asyncio.Event()
+    running = asyncio.create_task(service.run(stop))
+    try:
+        await until(lambda: service.state != "start" or running.done())
+        yield service
+    finally:
+        stop.set()
+        await asyncio.wait_for(running, 10)
+
+
+@pytest.fixture
+def process(road):
+    """Start services as processes of their own; all of them are gone at the end."""
+    started = []
+
+    def start(**reward):
+        started.append(road.start_process(road.recipe(**reward)))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+
+
+def log(road) -> str:
+    return (road.folder / "reward.log").read_text()
+
+
+async def registered(road):
+    return [member["state"] for member in (await road.store.members("reward")).values()] == ["ready"]
+
+
+async def test_grading_end_to_end(road):
+    specs = [
+        (RewardSpec(grader="math", label="1/2"), r"\boxed{0.5}"), (RewardSpec(grader="exact", label="yes"), "no"),
+        (RewardSpec(grader="positions", label="1234"), "12"), (road.function("length"), "four"),
+        (RewardSpec(grader="reasoning_gym", settings={"answer": "last_number"}, metadata=RG), "it is 12"),
+    ]  # fmt: skip
+    sent = [road.trajectory(member, spec, response) for member, (spec, response) in enumerate(specs)]
+    async with serving(road) as service:
+        await road.send(*sent)
+        await until(lambda: service.hop.counts.get("done") == len(sent))
+        members = await road.store.members("reward")
+    samples = {sample.member: sample for sample in await road.samples()}
+    assert {member: sample.reward for member, sample in samples.items()} == {0: 1, 1: 0, 2: 0.5, 3: 4, 4: 1}
+    assert all(samples[sent_.member].trajectory.id == sent_.id for sent_ in sent)
+    assert members["reward-0"]["pid"] == os.getpid() and not await road.letters()
+    assert await road.store.members("reward") == {}
+
+
+async def test_what_fails_for_good_is_dead_with_traceback_and_payload(road):
+    raising, unknown = road.trajectory(0, road.function("raises")), road.trajectory(1, RewardSpec(grader="maths"))
+    nan = road.trajectory(2, road.function("not_a_number"))
+    async with serving(road, deliveries=2) as service:
+        await road.send(raising, unknown, nan)
+        await until(lambda: service.hop.counts.get("dead_grader_failed") == 3)
+        assert service.hop.counts["retry_grader_failed"] == 2  # the unknown grader is not tried again
+    letters = {letter.member: letter for letter in await road.letters()}
+    assert {letter.reason for letter in letters.values()} == {"grader_failed"}
+    assert (
+        'example_rewards.py", line' in letters[0].traceback and "LookupError: no rule for '4'" in letters[0].traceback
+    )
+    assert "did you mean 'math'" in letters[1].error and "finite number, not nan" in letters[2].error
+    assert decode(letters[0].payload).model_dump_json() == raising.model_dump_json()
+    assert not await road.samples()
+
+
+async def test_a_failure_that_passes_is_retried_and_is_no_zero(road):
+    async with serving(road) as service:
+        await road.send(road.trajectory(0, road.function("raises_once", marker=str(road.folder / "marker"))))
+        await until(lambda: service.hop.counts.get("done") == 1)
+    assert [sample.reward for sample in await road.samples()] == [1.0] and not await road.letters()
+
+
+async def test_a_hang_is_killed_and_the_service_lives_on(road):
+    async with serving(road, deliveries=2, deadline_s=1.0) as service:
+        await road.send(*(
+            road.trajectory(member, road.function("hangs_on_request"), "hang" if member == 1 else "fine")
+            for member in range(6)
+        ))  # fmt: skip
+        await until(lambda: service.hop.counts.get("done") == 5 and service.hop.counts.get("dead_timeout") == 1)
+        assert service.pool.counts["timeout"] == 2
+    assert [sample.reward for sample in await road.samples()] == [1.0] * 5
+    (letter,) = await road.letters()
+    assert (letter.member, letter.reason) == (1, "timeout") and "did not answer within 1 s" in letter.error
+
+
+async def test_garbage_and_other_messages_are_dead(road):
+    subjects = road.bus.subjects
+    async with serving(road) as service:
+        await road.bus.jetstream.publish(subjects.trajectory("g00000000", 0), b"garbage")
+        task = road.trajectory(1, RewardSpec(grader="exact", label="4")).task
+        await road.bus.publish(subjects.trajectory("g00000000", 1), task)
+        await until(lambda: service.hop.counts.get("dead_invalid_message") == 2)
+    assert [letter.payload == b"garbage" for letter in await road.letters()].count(True) == 1
+
+
+async def test_a_sample_in_the_log_is_not_graded_again(road):
+    sent = road.trajectory(0, road.function("slow", journal=str(road.folder / "journal"), seconds=0))
+    async with serving(road) as service:
+        await road.send(sent)
+        await until(lambda: service.hop.counts.get("done") == 1)
+        await road.bus.jetstream.publish(road.bus.subjects.trajectory("g00000000", 0), encode(sent))
+        await until(lambda: service.hop.counts.get("done") == 2)
+    assert (road.folder / "journal").read_text() == "4\n" and len(await road.samples()) == 1
+
+
+async def test_kill_in_mid_work_loses_nothing_and_grades_nothing_twice(road, process, gone):
+    journal = road.folder / "journal"
+    spec = road.function("slow_once", journal=str(journal), seconds=1.0)
+    first = process(deliveries=5)
+    await until(lambda: registered(road))
+    await road.send(*(road.trajectory(member, spec, f"m{member}") for member in range(8)))
+    await until(lambda: journal.exists() and len(journal.read_text().split()) >= 3)
+    workers = [int(pid) for pid in Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()]
+    first.kill()
+    first.wait()
+    await until(lambda: all(gone(worker) for worker in workers), 5)
+    second = process(deliveries=5)
+
+    async def all_there():
+        return len(await road.samples()) >= 8
+
+    await until(all_there, 60)
+    second.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(second.wait, 10) == 0, log(road)
+    assert sorted(sample.member for sample in await road.samples()) == list(range(8))
+    assert workers and not await road.letters()
+
+
+async def test_sigterm_drains_within_five_seconds_and_gives_back_what_it_has_not_finished(road, process):
+    journal = road.folder / "journal"
+    long, short = (road.function("slow", journal=str(journal), seconds=seconds) for seconds in (60, 1.0))
+    service = process()
+    await until(lambda: registered(road))
+    await road.send(road.trajectory(0, long, "long"), road.trajectory(1, short, "short"))
+    await until(lambda: journal.exists() and len(journal.read_text().split()) == 2)
+    started = time.monotonic()
+    service.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(service.wait, 10) == 0, log(road)
+    assert time.monotonic() - started < 5.0
+    assert [sample.member for sample in await road.samples()] == [1]
+    consumer = await road.bus.jetstream.consumer_info("TRAJECTORIES", "reward-r")
+    assert consumer.num_ack_pending == 1
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"),
+    [({"grader": "positionss"}, "did you mean 'positions'"), ({"grader": "exact", "settings": {"x": 1}}, "no setting 'x'"),
+     ({"grader": "function", "settings": {"path": "example_rewards.missing"}}, "no function example_rewards.missing")],
+)  # fmt: skip
+async def test_a_recipe_that_cannot_be_graded_ends_the_service_at_once(road, process, reward, text):
+    service = process(**reward)
+    assert await asyncio.to_thread(service.wait, 20) == 3
+    assert text in log(road)
