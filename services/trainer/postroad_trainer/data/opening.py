@@ -12,7 +12,7 @@ from typing import Any
 from postroad.config.recipe import DataSection
 from postroad_trainer.data.dataset import DataError, Dataset, Messages, Row
 from postroad_trainer.data.files import read_rows
-from postroad_trainer.data.rows import Columns, Raw, collect
+from postroad_trainer.data.rows import Columns, Raw, clean, collect
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,20 @@ def _reasoning_gym(section: DataSection) -> Iterator[Raw]:
         entries = reasoning_gym.create_dataset(task, size=section.size, seed=section.seed, **section.settings)
     except (TypeError, ValueError, AssertionError) as error:
         raise DataError(f"data.settings {section.settings} do not suit reasoning-gym's {task}: {error}") from error
+    _check_travels(task, entries)
     source = {"task": task, "settings": section.settings, "seed": section.seed, "size": section.size}
     for index in range(section.size):
         entry = entries[index]
         row = {"prompt": entry["question"], "label": entry["answer"], "metadata": {**source, "entry": entry}}
         yield Raw(f"{task}-{section.seed}-{index}", f"{task} entry {index}", row)
+
+
+def _check_travels(task: str, entries: Any) -> None:
+    """A few data sets score by Python types, such as tuples, that messages don't keep: they would grade all as wrong."""
+    entry = entries[0]
+    answer = entry["answer"]
+    if entries.score_answer(answer, entry) != entries.score_answer(answer, clean(entry, task)):
+        raise DataError(f"reasoning-gym's {task} scores by Python types that can't travel: choose another data.task")
 
 
 def _class_rows(section: DataSection) -> Iterator[Raw]:
