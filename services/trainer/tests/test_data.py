@@ -221,7 +221,8 @@ def test_entries_travel_and_still_score(task):
 
 @pytest.mark.parametrize(
     ("keywords", "text"),
-    [({"task": "product"}, "did you mean 'products'"), ({"task": "rearc", "settings": {}}, "can't travel"), ({"settings": {"terms": 2}}, "do not suit reasoning-gym's products"),
+    [({"task": "product"}, "did you mean 'products'"), ({"task": "rearc", "settings": {}}, "can't travel"),
+     ({"settings": {"terms": 2}}, "do not suit reasoning-gym's products"),
      ({"settings": {"min_terms": 3, "max_terms": 2}}, "do not suit reasoning-gym's products")],
 )  # fmt: skip
 def test_wrong_generated_tasks_are_explained(keywords, text):
