@@ -24,7 +24,7 @@ def evaluation_group(version: int, name: str, row: int) -> str:
 
 
 def train_task(recipe: Recipe, run: str, data: Dataset, number: int, minimum_version: int, now: float) -> Task:
-    row = data.row(prompt_index(recipe.seed, number, len(data)))
+    row = data.row(prompt_index(recipe.seed, number, len(data), shuffle=recipe.data.shuffle))
     return Task(
         run=run,
         id=group_name(number),

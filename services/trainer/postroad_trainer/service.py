@@ -6,8 +6,10 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from postroad.bus import AlreadyPublished, Bus, LoggedMessage
 from postroad.config import Environment, Recipe
@@ -38,14 +40,31 @@ class Data:
     evaluation: dict[str, Dataset]
 
 
-def open_data(recipe: Recipe) -> Data:
+def open_data(recipe: Recipe, model: Path) -> Data:
     """The data sets of the recipe. No row of an evaluation is ever trained on."""
     evaluation = {section.name: open_dataset(section.data) for section in recipe.evaluation}
     held_out: set[str] = set()
     for section in recipe.evaluation:
         data = evaluation[section.name]
         held_out |= data.prompts(min(section.rows, len(data)))
-    return Data(open_dataset(recipe.data, exclude=held_out), evaluation)
+    count_tokens = prompt_counter(recipe, model) if recipe.data.max_prompt_tokens else None
+    return Data(open_dataset(recipe.data, exclude=held_out, count_tokens=count_tokens), evaluation)
+
+
+def prompt_counter(recipe: Recipe, model: Path) -> Callable[[list[dict[str, Any]]], int]:
+    """How many tokens a prompt has once it is rendered."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = recipe.model.chat_template
+
+    def count(prompt: list[dict[str, Any]]) -> int:
+        rendered = tokenizer.apply_chat_template(
+            prompt, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+        return len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    return count
 
 
 class TrainerService:
@@ -69,7 +88,7 @@ class TrainerService:
         beat = asyncio.create_task(self._heartbeat())
         try:
             await self.publisher.start()
-            data = open_data(self.recipe)
+            data = await asyncio.to_thread(open_data, self.recipe, environment.model)
             await self.leader.open()
             await self._resume()
             await self._train(data)
