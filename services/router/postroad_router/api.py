@@ -1,0 +1,214 @@
+"""The routes: check, admit, hand on, answer. No decisions about engines or tokens here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from postroad_router.access import Access, Admission
+from postroad_router.completions import Answer
+from postroad_router.errors import ApiError
+from postroad_router.generate import forward, forward_stream
+from postroad_router.metrics import ENGINES
+from postroad_router.openai_types import generation_request, plain_messages, read_chat
+from postroad_router.parts import Parts
+from postroad_router.template import TemplateError
+
+logger = logging.getLogger(__name__)
+
+BODY_BYTES = 16 * 1024 * 1024
+LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop
+CLIENT_GONE = 499
+
+Result = TypeVar("Result")
+routes = APIRouter()
+
+
+def create_app(parts: Parts) -> FastAPI:
+    app = FastAPI(title="postroad router", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.parts = parts
+    app.include_router(routes)
+    app.add_middleware(Admission, limit=parts.dispatcher.settings.concurrency)
+    app.add_middleware(Access, key=parts.key)  # the outermost
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+@routes.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    parts: Parts = request.app.state.parts
+    chat = read_chat(await read_body(request))
+    if chat.model not in parts.names:
+        raise ApiError(404, f"The model `{chat.model}` does not exist; here is {parts.names[0]}.",
+                       param="model", code="model_not_found")  # fmt: skip
+    if chat.routed_experts and not parts.model.experts:
+        raise ApiError(400, "this model has no experts to return", param="routed_experts", code="invalid_value")
+    prompt = await _tokenise(parts, chat.messages, chat.chat_template_kwargs)
+    timeout_s = parts.dispatcher.settings.timeout_s
+    requests = [generation_request(chat, prompt, parts.max_length, timeout_s, choice) for choice in range(chat.n)]
+    answer = Answer(chat, prompt, parts.vocabulary)
+    generations = [parts.dispatcher.generate(one) for one in requests]
+    if chat.stream:
+        return await EventStream.start(request, answer.events(generations))
+    return JSONResponse(await until_gone(request.receive, answer.whole(generations)))
+
+
+@routes.post("/generate")
+async def generate(request: Request) -> Response:
+    """SGLang's own contract: the body goes to an engine as it is."""
+    parts: Parts = request.app.state.parts
+    body = await read_body(request)
+    if body.get("stream"):
+        return await EventStream.start(request, forward_stream(parts.dispatcher, parts.client, body))
+    answer = forward(parts.dispatcher, parts.client, body)
+    return Response(await until_gone(request.receive, answer), media_type="application/json")
+
+
+@routes.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [_model(request.app.state.parts, name) for name in request.app.state.parts.names]}
+
+
+@routes.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    if name not in request.app.state.parts.names:
+        raise ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+    return _model(request.app.state.parts, name)
+
+
+@routes.get("/engines")
+async def engines(request: Request) -> dict[str, Any]:
+    now = time.monotonic()
+    return {
+        "engines": [
+            {
+                "name": e.name, "url": e.url, "pid": e.pid, "version": e.version, "digest": e.digest, "state": e.state,
+                "slots": e.slots, "running": e.running, "requests": e.requests, "tokens": e.tokens,
+                "failures": e.failures, "healthy": e.quarantined_until is None,
+                "quarantined_s": 0.0 if e.quarantined_until is None else min(max(e.quarantined_until - now, 0.0), 60.0),
+            }
+            for e in request.app.state.parts.dispatcher.engines.pool.engines.values()
+        ]
+    }  # fmt: skip
+
+
+@routes.get("/livez")
+async def livez() -> Response:
+    return Response("ok\n")
+
+
+@routes.get("/readyz")
+async def readyz(request: Request) -> Response:
+    ready = request.app.state.parts.ready
+    return Response("ok\n" if ready else "not ready\n", status_code=200 if ready else 503)
+
+
+@routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    known = list(request.app.state.parts.dispatcher.engines.pool.engines.values())
+    quarantined = sum(engine.quarantined_until is not None for engine in known)
+    ENGINES.labels("quarantined").set(quarantined)
+    ENGINES.labels("healthy").set(len(known) - quarantined)
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+# ── bodies, streams and clients that leave ───────────────────────────────────────────────────────────────────────
+async def read_body(request: Request) -> dict[str, Any]:
+    """The JSON object. Raises ApiError 400 or 413."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > BODY_BYTES:
+            raise ApiError(413, f"the body exceeds {BODY_BYTES} bytes", code="body_too_large")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body must be a JSON object, not {type(body).__name__}", code="invalid_json")
+    return body
+
+
+async def until_gone(receive: Receive, work: Awaitable[Result]) -> Result:
+    """The result of `work`, which is cancelled where the client leaves before it is done."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(CLIENT_GONE, "the client closed the connection", code="client_gone")
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events. `start` waits for the first one, so that an error before it has a status of its own; a
+    client that leaves at any time ends the work."""
+
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._first, self._events = first, events
+
+    @classmethod
+    async def start(cls, request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+        return cls(await until_gone(request.receive, anext(events)), events)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_gone(receive, self._send(send))
+        except ApiError as error:
+            logger.info("a stream ended early: %s", error.message)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _tokenise(parts: Parts, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
+    try:
+        text = parts.template.render(plain_messages(messages), **variables)
+    except TemplateError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+    if len(text) < LONG_TEXT:
+        return parts.vocabulary.encode(text)
+    return await asyncio.to_thread(parts.vocabulary.encode, text)
+
+
+def _model(parts: Parts, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": parts.started, "owned_by": "postroad"}
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(ApiError(error.status_code, message, code="unknown_url").body, error.status_code)

@@ -1,0 +1,88 @@
+"""The registry of engines, read again and again into the pool; and the probes of those in quarantine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from redis.exceptions import RedisError
+
+from postroad.store import Store, StoreError
+from postroad_router.engine_client import EngineClient
+from postroad_router.pool import Engine, Pool
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+POLL_WAITING_S = 0.1  # while a request waits for an engine
+READ_S = 5.0
+
+
+class Engines:
+    """`run` keeps `pool` current. While the store can't be read the engines known last are used on."""
+
+    def __init__(self, store: Store, client: EngineClient) -> None:
+        self.store, self.client, self.pool = store, client, Pool()
+        self.read = False
+        self._changed = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._waiting = 0
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as probes:
+            while True:
+                await self._poll()
+                for engine in self.pool.due_probes(time.monotonic()):
+                    engine.quarantined_until = float("inf")  # until the probe's answer
+                    probes.create_task(self._probe(engine))
+                if self._waiting:
+                    await asyncio.sleep(POLL_WAITING_S)
+                    continue
+                self._wanted.clear()
+                try:
+                    await asyncio.wait_for(self._wanted.wait(), POLL_S)
+                except TimeoutError:
+                    continue
+
+    async def choose(self, minimum_version: int, avoid: frozenset[str], deadline_s: float) -> Engine | None:
+        """The engine to use, waited for until `deadline_s` (of time.monotonic); None where there is none by then."""
+        engine = self.pool.choose(minimum_version, avoid)
+        if engine is not None:
+            return engine
+        self._waiting += 1
+        self._wanted.set()
+        try:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                self._changed.clear()
+                try:
+                    await asyncio.wait_for(self._changed.wait(), left_s)
+                except TimeoutError:
+                    break
+                engine = self.pool.choose(minimum_version, avoid)
+                if engine is not None:
+                    return engine
+            return self.pool.choose(minimum_version, avoid)
+        finally:
+            self._waiting -= 1
+
+    def fail(self, engine: Engine) -> None:
+        self.pool.fail(engine, time.monotonic())
+        self._wanted.set()
+
+    async def _poll(self) -> None:
+        try:
+            members = await asyncio.wait_for(self.store.members("engine"), READ_S)
+        except (RedisError, StoreError, OSError, TimeoutError) as error:
+            logger.warning("the registry of engines can't be read, the known ones are used on: %r", error)
+            return
+        self.read = True
+        if self.pool.update(members):
+            self._changed.set()
+
+    async def _probe(self, engine: Engine) -> None:
+        healthy = await self.client.healthy(engine.url)
+        self.pool.probed(engine, healthy, time.monotonic())
+        logger.info("probe of %s: %s", engine.name, "healthy, admitted" if healthy else "not healthy")
+        if healthy:
+            self._changed.set()

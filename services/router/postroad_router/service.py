@@ -1,0 +1,81 @@
+"""The life of a router: start → ready → drain → stop. It keeps no state that another router could not rebuild."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from redis.exceptions import RedisError
+
+from postroad.config import Environment, Recipe
+from postroad.store import Store, StoreError
+from postroad_router.api import create_app
+from postroad_router.engine_client import EngineClient
+from postroad_router.engines import Engines
+from postroad_router.parts import build_parts
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 2.0
+DRAIN_S = 4
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with its signal handlers left out: the service has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class RouterService:
+    """Serves until `stop` is set, then gives running requests DRAIN_S to end."""
+
+    def __init__(self, environment: Environment, recipe: Recipe) -> None:
+        self.environment, self.recipe = environment, recipe
+        self.name = environment.name or f"router-{os.getpid()}"
+        self.url = ""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        environment = self.environment
+        listening = socket.create_server((environment.host, environment.port), backlog=2048)
+        self.url = f"http://{environment.advertise or environment.host}:{listening.getsockname()[1]}"
+        store = await Store.connect(environment.redis_url, environment.run)
+        client = EngineClient(environment.key)
+        await client.open()
+        engines = Engines(store, client)
+        try:
+            parts = build_parts(environment, self.recipe, engines)
+            config = uvicorn.Config(
+                create_app(parts), log_config=None, access_log=False, lifespan="off", ws="none",
+                timeout_graceful_shutdown=DRAIN_S, server_header=False,
+            )  # fmt: skip
+            server = _Server(config)
+            async with asyncio.TaskGroup() as group:
+                background = [group.create_task(engines.run()), group.create_task(self._heartbeat(store))]
+                serving = group.create_task(server.serve(sockets=[listening]))
+                stopping = asyncio.ensure_future(stop.wait())
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                parts.draining = server.should_exit = True
+                await store.leave("router", self.name)
+                await serving
+                for task in (*background, stopping):
+                    task.cancel()
+        finally:
+            listening.close()
+            await client.close()
+            await store.close()
+
+    async def _heartbeat(self, store: Store) -> None:
+        info = {"url": self.url, "pid": os.getpid(), "port": int(self.url.rpartition(":")[2])}
+        while True:
+            try:
+                await store.register("router", self.name, info, 3 * HEARTBEAT_S)
+            except (RedisError, StoreError, OSError) as error:
+                logger.warning("this router could not register: %r", error)
+            await asyncio.sleep(HEARTBEAT_S)

@@ -1,0 +1,215 @@
+"""Engines that break: requests go on elsewhere, exactly; the sick are left alone until they are well."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+PROMPT_TOKENS = len("user\nhello\nassistant\n") + 3
+
+
+async def ask(mesh: Any, **parameters: Any) -> Any:
+    return await mesh.client.chat.completions.create(**{"model": "stub", "messages": MESSAGES, **parameters})
+
+
+async def broken_and_whole(mesh: Any, stub_engine: Any, until: Any, **faults: Any) -> tuple[Any, Any]:
+    """Two engines; the first is the least loaded, so that it is asked first."""
+    first = await mesh.add(stub_engine("a", mark=1, **faults))
+    second = await mesh.add(stub_engine("b", version=first.version + 1, mark=2, incremental=True))
+
+    async def known() -> bool:
+        return len(await mesh.known()) == 2
+
+    await until(known)
+    return first, second
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 7])
+async def test_a_generation_goes_on_exactly(mesh: Any, stub_engine: Any, until: Any, stream: bool, after: int) -> None:
+    first, second = await broken_and_whole(mesh, stub_engine, until, die_after=after)
+    extra = {"return_token_ids": True, "routed_experts": True}
+    answer = await ask(mesh, max_tokens=20, seed=4, stream=stream, extra_body=extra)
+    if stream:
+        chunks = [chunk async for chunk in answer]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        choice = chunks[-1].choices[0]
+    else:
+        choice = answer.choices[0]
+        text = choice.message.content
+    places = range(PROMPT_TOKENS, PROMPT_TOKENS + 20)
+    assert text == "".join("abcdefghijklmnopqrstuvwxyz"[(place * 7 + 4) % 26] for place in places)
+    parts = [(1, place) for place in places[:after]] + [(2, place) for place in places[after:]]
+    assert choice.token_logprobs == pytest.approx([-0.01 * place - version for version, place in parts])
+    assert choice.versions == ([[0, after, 1]] if after else []) + [[after, 20, 2]]
+    assert set(choice.digests) == ({"1", "2"} if after else {"2"})
+    assert len(second.requests[0]["input_ids"]) == PROMPT_TOKENS + after
+    assert second.requests[0]["sampling_params"]["max_new_tokens"] == 20 - after
+    assert choice.routed_experts["shape"] == [PROMPT_TOKENS + 19, 2, 2]
+    assert len(first.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [{"status": 500}, {"garbage": b"{"}, {"garbage": b"[]"}, {"garbage": b'{"meta_info": {}}'},
+              {"garbage": b'{"error": {"message": "lost"}}'}, {"lies": 0}],
+)  # fmt: skip
+async def test_a_bad_answer_is_asked_for_again(mesh: Any, stub_engine: Any, until: Any, fault: dict[str, Any]) -> None:
+    first, _ = await broken_and_whole(mesh, stub_engine, until, healthy=False, **fault)
+    choice = (await ask(mesh, max_tokens=5, extra_body={"return_token_ids": True, "minimum_version": 1})).choices[0]
+    assert choice.engine == "b" and choice.versions == [[0, 5, 2]]
+    assert (await mesh.known())["a"]["healthy"] is False
+    await ask(mesh, max_tokens=2)
+    assert len(first.requests) == 1, "a quarantined engine is not asked"
+
+
+async def test_an_engine_that_died_with_the_last_token_is_not_asked_for_more(
+    mesh: Any, stub_engine: Any, until: Any
+) -> None:
+    """The first engine gives all tokens up to the end and dies before it says that it is done."""
+    first, second = await broken_and_whole(mesh, stub_engine, until, says="hi", garbage=None)
+    original = first._chunk
+
+    def without_finish(body: Any, tokens: Any, entries: Any, finish: Any) -> Any:
+        if finish:
+            first.die_after = 0
+        return original(body, tokens, entries, None)
+
+    first._chunk = without_finish
+    choice = (await ask(mesh, extra_body={"return_token_ids": True, "routed_experts": True})).choices[0]
+    assert choice.message.content == "hi" and choice.finish_reason == "stop" and choice.versions == [[0, 3, 1]]
+    assert second.requests[0]["sampling_params"]["max_new_tokens"] == 0, "only the experts are asked for"
+    experts = choice.routed_experts
+    rows = np.frombuffer(base64.b64decode(experts["data"]), np.uint8).reshape(experts["shape"])
+    assert rows.shape == (PROMPT_TOKENS + 2, 2, 2)
+
+
+async def test_a_stop_string_across_the_seam_is_seen(mesh: Any, stub_engine: Any, until: Any) -> None:
+    first, second = await broken_and_whole(mesh, stub_engine, until, says="one two three", die_after=5)
+    second.says = "one two three"
+    extra = {"return_token_ids": True, "routed_experts": True}
+    choice = (await ask(mesh, stop="two", extra_body=extra)).choices[0]
+    assert choice.message.content == "one " and choice.finish_reason == "stop"
+    assert len(choice.token_ids) == 7 and choice.routed_experts["shape"][0] == PROMPT_TOKENS + 6
+    assert len(first.requests) == 1
+
+
+async def test_quarantine_ends_with_a_good_probe(mesh: Any, stub_engine: Any, until: Any) -> None:
+    first, _ = await broken_and_whole(mesh, stub_engine, until, status=500, healthy=False)
+    await ask(mesh, max_tokens=2)
+    await until(lambda: first.probes >= 2)
+    assert (await mesh.known())["a"]["failures"] >= 3
+    first.status, first.healthy = None, True
+
+    async def admitted() -> bool:
+        return bool((await mesh.known())["a"]["healthy"])
+
+    await until(admitted, 20)
+    choice = (await ask(mesh, max_tokens=2, extra_body={"return_token_ids": True})).choices[0]
+    assert choice.engine == "a" and (await mesh.known())["a"]["failures"] == 0
+
+
+async def test_a_new_process_of_the_name_is_used_at_once(mesh: Any, stub_engine: Any, until: Any) -> None:
+    engine = await mesh.add(stub_engine("a", status=500, healthy=False))
+    asking = asyncio.create_task(ask(mesh, max_tokens=2))
+    await until(lambda: engine.requests)
+    engine.status = None
+    await mesh.register(engine, pid=2)
+    assert (await asking).choices[0].finish_reason == "length"
+
+
+async def test_the_only_engine_is_tried_again_where_it_was_busy(mesh: Any, stub_engine: Any, until: Any) -> None:
+    engine = await mesh.add(stub_engine("a", status=503))
+    asking = asyncio.create_task(ask(mesh, max_tokens=2))
+    await until(lambda: engine.requests)
+    assert (await mesh.known())["a"]["healthy"] is True
+    engine.status = None
+    assert (await asking).choices[0].finish_reason == "length"
+
+
+async def test_attempts_are_bounded(start_router: Any, stub_engine: Any) -> None:
+    mesh = await start_router(attempts=3)
+    engines = [await mesh.add(stub_engine(f"e{place}", status=500, healthy=False)) for place in range(4)]
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ask(mesh, max_tokens=2)
+    assert caught.value.status_code == 502 and caught.value.code == "engine_failed"
+    assert sum(len(engine.requests) for engine in engines) == 3
+
+
+async def test_a_request_that_engines_refuse_is_not_retried(mesh: Any, stub_engine: Any, until: Any) -> None:
+    _, second = await broken_and_whole(mesh, stub_engine, until, status=400)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ask(mesh, max_tokens=2)
+    assert caught.value.code == "engine_refused" and "told to fail" in caught.value.message
+    assert not second.requests and (await mesh.known())["a"]["healthy"] is True
+
+
+async def test_a_version_is_waited_for(mesh: Any, stub_engine: Any, until: Any) -> None:
+    engine = await mesh.add(stub_engine("a", version=1))
+    asking = asyncio.create_task(ask(mesh, max_tokens=2, extra_body={"minimum_version": 3, "return_token_ids": True}))
+    assert (await ask(mesh, max_tokens=2)).choices[0].finish_reason == "length"
+    assert len(engine.requests) == 1 and not asking.done()
+    engine.version = 3
+    await mesh.register(engine)
+    assert (await asking).choices[0].versions == [[0, 2, 3]]
+
+
+async def test_a_version_that_does_not_come(mesh: Any, stub_engine: Any) -> None:
+    await mesh.add(stub_engine("a", version=1))
+    started = time.monotonic()
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ask(mesh, extra_body={"minimum_version": 3, "timeout_s": 0.3})
+    assert caught.value.status_code == 503 and caught.value.code == "version_unavailable"
+    assert 0.25 < time.monotonic() - started < 5
+
+
+async def test_no_engine_and_the_deadline(mesh: Any, stub_engine: Any) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ask(mesh, extra_body={"timeout_s": 0.2})
+    assert caught.value.status_code == 503 and caught.value.code == "no_engine"
+    await mesh.add(stub_engine("a", hold=asyncio.Event()))
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ask(mesh, extra_body={"timeout_s": 0.5})
+    assert caught.value.status_code == 504 and caught.value.code == "timeout"
+
+
+async def test_engines_stay_known_while_the_store_is_away(mesh: Any, stub_engine: Any, valkey: Any) -> None:
+    await mesh.add(stub_engine("a", says="still here"))
+    assert (await ask(mesh)).choices[0].message.content == "still here"
+    valkey.kill()
+    assert (await ask(mesh)).choices[0].message.content == "still here"
+    valkey.start()
+    assert (await ask(mesh)).choices[0].message.content == "still here"
+
+
+async def test_load_is_spread(mesh: Any, stub_engine: Any, until: Any) -> None:
+    hold = asyncio.Event()
+    engines = [await mesh.add(stub_engine(name, says="x", hold=hold)) for name in "abc"]
+
+    async def known() -> bool:
+        return len(await mesh.known()) == 3
+
+    await until(known)
+    asking = [asyncio.create_task(ask(mesh)) for _ in range(9)]
+    await until(lambda: sum(len(engine.requests) for engine in engines) == 9)
+    assert [len(engine.requests) for engine in engines] == [3, 3, 3]
+    hold.set()
+    await asyncio.gather(*asking)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_passed_through_generation_is_retried_too(
+    mesh: Any, stub_engine: Any, until: Any, stream: bool
+) -> None:
+    first, second = await broken_and_whole(mesh, stub_engine, until, status=500, healthy=False)
+    body = {"input_ids": [4, 3], "sampling_params": {"max_new_tokens": 2, "stop": []}, "stream": stream}
+    async with mesh.http() as client:
+        answer = await client.post("/generate", json=body)
+    assert answer.status_code == 200 and len(first.requests) == len(second.requests) == 1
+    assert ('"engine": "b"' in answer.text) is not stream
