@@ -162,3 +162,61 @@ async def test_hop_and_replay_go_on_after_the_server_was_killed(bus, nats):
     await run_hop(bus, handler, lambda hop: len(set(done)) == 30)
     await feeding
     assert await asyncio.wait_for(following, 30) == list(range(30))
+
+
+async def test_slow_work_takes_its_slots_and_no_others(bus):
+    for number in range(20):
+        await bus.publish(bus.subjects.trajectory("g", number), event(number))
+    release, in_hand, most = asyncio.Event(), 0, 0
+
+    async def handler(message: Message) -> None:
+        nonlocal in_hand, most
+        in_hand, most = in_hand + 1, max(most, in_hand + 1)
+        if message.fields["number"] < 3:
+            await release.wait()
+        in_hand -= 1
+
+    def quick_done(hop: Hop) -> bool:
+        if hop.counts.get("done", 0) == 17:
+            release.set()
+        return hop.counts.get("done", 0) == 20
+
+    await run_hop(bus, handler, quick_done)
+    assert most == 4
+
+
+async def test_a_stopped_hop_leaves_the_rest_to_another_at_once(bus):
+    for number in range(40):
+        await bus.publish(bus.subjects.trajectory("g", number), event(number))
+    seen: list[int] = []
+
+    async def handler(message: Message) -> None:
+        seen.append(message.fields["number"])
+        await asyncio.sleep(0.01)
+
+    await run_hop(bus, handler, lambda hop: hop.counts.get("done", 0) >= 5)
+    started = asyncio.get_running_loop().time()
+    await run_hop(bus, handler, lambda hop: len(seen) == 40)
+    assert sorted(seen) == list(range(40))
+    assert asyncio.get_running_loop().time() - started < 5
+
+
+async def test_two_hops_of_one_name_share_the_work(bus, nats):
+    other = await Bus.connect(nats.url, "r")
+    for number in range(40):
+        await bus.publish(bus.subjects.trajectory("g", number), event(number))
+    seen: dict[str, list[int]] = {"here": [], "there": []}
+
+    def handler(place: str):
+        async def handle(message: Message) -> None:
+            seen[place].append(message.fields["number"])
+            await asyncio.sleep(0.05)
+
+        return handle
+
+    def all_seen(hop: Hop) -> bool:
+        return sum(map(len, seen.values())) == 40
+
+    await asyncio.gather(run_hop(bus, handler("here"), all_seen), run_hop(other, handler("there"), all_seen))
+    await other.close()
+    assert sorted(seen["here"] + seen["there"]) == list(range(40)) and min(map(len, seen.values())) >= 8

@@ -119,7 +119,7 @@ class Bus:
     async def create_streams(self) -> None:
         """Create what is missing. An existing stream keeps its messages; its limits are brought up to date."""
         for config in STREAMS.values():
-            await self._with_retries(partial(self._create, config), f"create stream {config.name}")
+            await self.with_retries(partial(self._create, config), f"create stream {config.name}")
 
     async def _create(self, config: StreamConfig) -> None:
         try:
@@ -139,7 +139,7 @@ class Bus:
         if len(payload) > CLAIM_CHECK_BYTES:
             blob = self.subjects.blob(message.kind)
             data = payload
-            payload = await self._with_retries(
+            payload = await self.with_retries(
                 lambda: check_in(self.jetstream, blob, data, ATTEMPT_S), f"store a payload for {subject}", deadline_s
             )
         headers = inject_context({"Nats-Msg-Id": f"{subject}.{message.id}"})
@@ -155,7 +155,7 @@ class Bus:
                 raise
             return int(ack.seq)
 
-        return await self._with_retries(attempt, f"publish to {subject}", deadline_s)
+        return await self.with_retries(attempt, f"publish to {subject}", deadline_s)
 
     async def announce(self, subject: str, payload: bytes) -> None:
         """A hint to whoever listens; not durable. Nobody may rely on it alone."""
@@ -166,7 +166,7 @@ class Bus:
 
     async def payload(self, data: bytes) -> bytes:
         """The bytes of a message, fetched from BLOBS where they were left there."""
-        return await self._with_retries(lambda: check_out(self.jetstream, data), "fetch a claim-checked payload")
+        return await self.with_retries(lambda: check_out(self.jetstream, data), "fetch a claim-checked payload")
 
     async def get(self, stream: str, sequence: int) -> LoggedMessage:
         """The message at `sequence`. Raises BusError where the log no longer holds it."""
@@ -178,7 +178,7 @@ class Bus:
                 raise BusError(f"{stream} no longer holds sequence {sequence}") from error
             return await self._logged(raw, sequence)
 
-        return await self._with_retries(attempt, f"read {stream} {sequence}")
+        return await self.with_retries(attempt, f"read {stream} {sequence}")
 
     async def last(self, stream: str, subject: str) -> LoggedMessage | None:
         """The newest message on `subject`, or None."""
@@ -190,15 +190,15 @@ class Bus:
                 return None
             return await self._logged(raw, raw.seq or 0)
 
-        return await self._with_retries(attempt, f"read the last of {subject}")
+        return await self.with_retries(attempt, f"read the last of {subject}")
 
     async def last_sequence(self, stream: str) -> int:
-        info = await self._with_retries(lambda: self.jetstream.stream_info(stream), f"look at {stream}")
+        info = await self.with_retries(lambda: self.jetstream.stream_info(stream), f"look at {stream}")
         return int(info.state.last_seq)
 
     async def subjects_of(self, stream: str, subject_filter: str) -> dict[str, int]:
         """Subjects under `subject_filter` that hold messages, with their number."""
-        info = await self._with_retries(
+        info = await self.with_retries(
             lambda: self.jetstream.stream_info(stream, subjects_filter=subject_filter), f"look at {stream}"
         )
         return dict(info.state.subjects or {})
@@ -216,7 +216,7 @@ class Bus:
         subject = subject_filter or self.subjects.all(stream)
         position, end = start, await self.last_sequence(stream)
         while follow or position <= end:
-            subscription = await self._with_retries(
+            subscription = await self.with_retries(
                 partial(self._reader, stream, subject, position), f"read {stream} from {position}"
             )
             try:
@@ -260,7 +260,7 @@ class Bus:
         except (TimeoutError, NatsError, ConnectionClosedError) as error:
             logger.debug("reader not closed: %s", error)  # it expires by itself
 
-    async def _with_retries(
+    async def with_retries(
         self, attempt: Callable[[], Awaitable[_Result]], what: str, deadline_s: float = PUBLISH_DEADLINE_S
     ) -> _Result:
         """Run `attempt` until it succeeds, fails for good, or `deadline_s` has passed."""

@@ -12,17 +12,18 @@ from typing import Literal
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from postroad.bus.bus import Bus, BusError, fetch
+from postroad.bus.bus import Bus, BusError
 from postroad.bus.claims import ClaimLost
+from postroad.bus.pull import Puller, Room
 from postroad.messages import DeadLetter, DeadReason, Message, SchemaError
 from postroad.telemetry.tracing import span_from_headers
 
 logger = logging.getLogger(__name__)
 
 ACK_DEADLINE_S = 5.0
+RESUBSCRIBE_S = 0.2
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -61,91 +62,68 @@ class Hop:
 
 async def work(bus: Bus, hop: Hop, stop: asyncio.Event) -> None:
     """Run `hop` until `stop` is set; then finish what is in hand. At most `hop.concurrency` messages are in hand."""
-    slots = asyncio.Semaphore(hop.concurrency)
-    async with asyncio.TaskGroup() as group:
-        while not stop.is_set():
-            subscription = await _subscribe(bus, hop)
-            try:
-                await _pump(bus, hop, stop, subscription, slots, group)
-            except (NatsError, BusError) as error:
-                logger.info("%s: consumer lost (%r); subscribing again", hop.name, error)
-                await asyncio.sleep(0.2)
+    in_hand: dict[str, Msg] = {}  # by the reply subject, which is the delivery's own
+    beating = asyncio.create_task(_heartbeats(in_hand, hop.ack_wait_s / 3))
+    try:
+        async with asyncio.TaskGroup() as group:
+            while not stop.is_set():
+                puller = await _puller(bus, hop, in_hand, group)
+                try:
+                    await puller.run(stop)
+                except (NatsError, BusError) as error:
+                    logger.info("%s: consumer lost (%r); subscribing again", hop.name, error)
+                    await asyncio.sleep(RESUBSCRIBE_S)
+    finally:
+        beating.cancel()
 
 
-async def _subscribe(bus: Bus, hop: Hop) -> JetStreamContext.PullSubscription:
+async def _puller(bus: Bus, hop: Hop, in_hand: dict[str, Msg], group: asyncio.TaskGroup) -> Puller:
+    """A puller on the hop's durable consumer, which is created or brought up to date."""
     config = ConsumerConfig(
         durable_name=f"{hop.name}-{bus.subjects.run}", ack_policy=AckPolicy.EXPLICIT, ack_wait=hop.ack_wait_s,
         deliver_policy=DeliverPolicy.ALL, max_deliver=hop.deliveries + 5, max_ack_pending=10_000,
         filter_subject=bus.subjects.all(hop.stream),
     )  # fmt: skip
+    await bus.with_retries(lambda: bus.jetstream.add_consumer(hop.stream, config), f"subscribe {config.durable_name}")
 
-    async def attempt() -> JetStreamContext.PullSubscription:
-        await bus.jetstream.add_consumer(hop.stream, config)
-        return await bus.jetstream.pull_subscribe_bind(config.durable_name, hop.stream)
+    def take(raw: Msg) -> None:
+        in_hand[raw.reply] = raw
+        group.create_task(_handle_and_release(bus, hop, raw, in_hand, puller))
 
-    return await bus._with_retries(attempt, f"subscribe {config.durable_name}")
-
-
-async def _pump(
-    bus: Bus, hop: Hop, stop: asyncio.Event, subscription: JetStreamContext.PullSubscription,
-    slots: asyncio.Semaphore, group: asyncio.TaskGroup,
-) -> None:  # fmt: skip
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        while not stop.is_set():
-            await slots.acquire()
-            fetching = asyncio.create_task(fetch(subscription, 1))
-            try:
-                await asyncio.wait({fetching, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                fetching.cancel()  # nothing happens where it is done
-            (messages,) = await asyncio.gather(fetching, return_exceptions=True)
-            if isinstance(messages, BaseException) or not messages:
-                slots.release()
-                if isinstance(messages, Exception):
-                    raise messages
-                if not stop.is_set() and bus.client.is_connected:
-                    await subscription.consumer_info()  # raises where a restarted server has lost the consumer
-                continue
-            for message in messages:
-                group.create_task(_handle_and_release(bus, hop, message, slots))
-    finally:
-        stopping.cancel()
+    puller = Puller(bus.client, hop.stream, str(config.durable_name), take, Room(hop.concurrency, in_hand))
+    return puller
 
 
-async def _handle_and_release(bus: Bus, hop: Hop, raw: Msg, slots: asyncio.Semaphore) -> None:
+async def _handle_and_release(bus: Bus, hop: Hop, raw: Msg, in_hand: dict[str, Msg], puller: Puller) -> None:
     try:
         await handle(bus, hop, raw)
     except (TimeoutError, NatsError, BusError) as error:
         hop.count("redelivered")
         logger.info("%s: %s goes back to the stream: %r", hop.name, raw.subject, error)
     finally:
-        slots.release()
+        del in_hand[raw.reply]
+    await puller.ask()
 
 
 async def handle(bus: Bus, hop: Hop, raw: Msg) -> None:
     """One delivery, from decoding to acknowledgement."""
-    heartbeat = asyncio.create_task(_heartbeat(raw, hop.ack_wait_s / 3))
-    try:
-        with span_from_headers(hop.name, raw.headers):
-            try:
-                if raw.metadata.num_delivered > hop.deliveries:
-                    raise Reject("deliveries_exhausted", f"{raw.metadata.num_delivered - 1} deliveries failed")
-                message = await bus.read_payload(raw.data)
-                if message.run != bus.subjects.run:
-                    raise Reject("invalid_message", f"a message of run {message.run!r} on {raw.subject}")
-                await hop.handler(message)
-            except (SchemaError, ClaimLost) as error:
-                await _bury(bus, hop, raw, _rejection("invalid_message", error))
-            except Reject as rejection:
-                await _bury(bus, hop, raw, rejection)
-            except RetryLater as retry:
-                await _retry(bus, hop, raw, retry)
-            else:
-                hop.count("done")
-                await asyncio.wait_for(raw.ack_sync(timeout=ACK_DEADLINE_S), ACK_DEADLINE_S + 1)
-    finally:
-        heartbeat.cancel()
+    with span_from_headers(hop.name, raw.headers):
+        try:
+            if raw.metadata.num_delivered > hop.deliveries:
+                raise Reject("deliveries_exhausted", f"{raw.metadata.num_delivered - 1} deliveries failed")
+            message = await bus.read_payload(raw.data)
+            if message.run != bus.subjects.run:
+                raise Reject("invalid_message", f"a message of run {message.run!r} on {raw.subject}")
+            await hop.handler(message)
+        except (SchemaError, ClaimLost) as error:
+            await _bury(bus, hop, raw, _rejection("invalid_message", error))
+        except Reject as rejection:
+            await _bury(bus, hop, raw, rejection)
+        except RetryLater as retry:
+            await _retry(bus, hop, raw, retry)
+        else:
+            hop.count("done")
+            await raw.ack_sync(timeout=ACK_DEADLINE_S)
 
 
 async def _retry(bus: Bus, hop: Hop, raw: Msg, retry: RetryLater) -> None:
@@ -181,10 +159,12 @@ async def _bury(bus: Bus, hop: Hop, raw: Msg, rejection: Reject) -> None:
     await raw.term()
 
 
-async def _heartbeat(raw: Msg, interval_s: float) -> None:
+async def _heartbeats(in_hand: dict[str, Msg], interval_s: float) -> None:
+    """Tell the server, again and again, that what is in hand is being worked on."""
     while True:
         await asyncio.sleep(interval_s)
-        try:
-            await raw.in_progress()
-        except NatsError as error:
-            logger.info("heartbeat of %s failed: %r", raw.subject, error)
+        for raw in list(in_hand.values()):
+            try:
+                await raw.in_progress()
+            except NatsError as error:
+                logger.info("heartbeat of %s failed: %r", raw.subject, error)
