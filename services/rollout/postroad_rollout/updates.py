@@ -40,6 +40,7 @@ class Updater:
         self._engine, self._bus, self._puller, self._name, self._mode = engine, bus, puller, name, mode
         self._announced = asyncio.Event()
         self.current = asyncio.Event()  # set while the engine serves the newest version that it knows of
+        self.switched = asyncio.Event()  # set at each activation, for whoever tells others
         self.failures = 0
 
     async def run(self) -> None:
@@ -83,6 +84,7 @@ class Updater:
             "pull_s": pulled - started,
             "pause_ms": pause_ms,
         }
+        self.switched.set()
         logger.info("version %d activated", manifest.version, extra=fields)
         event = Event(
             run=self._bus.subjects.run,
