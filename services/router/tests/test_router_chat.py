@@ -208,6 +208,7 @@ async def test_a_client_that_leaves_ends_the_engines_work(
         return (await mesh.known())["e0"]["requests"] == 0
 
     await until(idle)
+    assert len(engine.requests) == 1, "nothing is asked again for a client that is gone"
 
 
 async def test_generate_is_passed_through(mesh: Any, stub_engine: Any) -> None:
