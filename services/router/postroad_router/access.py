@@ -8,6 +8,7 @@ import time
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from postroad.telemetry.tracing import span_from_headers
 from postroad_router.errors import ApiError
 from postroad_router.metrics import IN_FLIGHT, REQUESTS, SECONDS
 
@@ -37,7 +38,8 @@ class Access:
 
         try:
             if scope["path"] in OPEN or self._knows(scope):
-                await self._app(scope, receive, counting)
+                with span_from_headers("router", _text_headers(scope)):
+                    await self._app(scope, receive, counting)
             else:
                 refusal = ApiError(401, "the bearer key is missing or wrong; send POSTROAD_KEY", code="invalid_api_key")
                 await JSONResponse(refusal.body, 401)(scope, receive, counting)
@@ -49,6 +51,10 @@ class Access:
     def _knows(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, b"Bearer " + self._key)
+
+
+def _text_headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 class Admission:

@@ -43,6 +43,7 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_middleware(Access, key=parts.key)  # the outermost
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _server_error)
     return app
 
 
@@ -191,8 +192,9 @@ class EventStream(Response):
 
 async def _tokenise(parts: Parts, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
     try:
-        text = parts.template.render(plain_messages(messages), **variables)
-    except TemplateError as error:
+        text = parts.template.render(plain_messages(messages), variables=variables)
+        text.encode()
+    except (TemplateError, UnicodeEncodeError) as error:
         raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
     if len(text) < LONG_TEXT:
         return parts.vocabulary.encode(text)
@@ -212,3 +214,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, message, code="unknown_url").body, error.status_code)
+
+
+async def _server_error(_: Request, error: Exception) -> Response:
+    """The client gets no details; the server logs the traceback."""
+    return JSONResponse(ApiError(500, "the router failed; its log says why", code="internal_error").body, 500)

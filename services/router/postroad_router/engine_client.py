@@ -11,11 +11,13 @@ from typing import Any
 
 import aiohttp
 
+from postroad.telemetry.tracing import inject_context
 from postroad_router.errors import EngineFailure, EngineRefusal, FailureKind
 
 CONNECT_S = 3.0
 SILENCE_S = 10.0
 PROBE_S = 5.0
+KEEP_ALIVE_S = 2.0  # less than a server's, so that no request meets a connection that is being closed
 LINE_BYTES = 64 * 1024 * 1024
 REFUSALS = (400, 413, 422)
 
@@ -30,7 +32,7 @@ class EngineClient:
 
     async def open(self) -> None:
         self._session = aiohttp.ClientSession(
-            headers=self._headers, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            headers=self._headers, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S), auto_decompress=False,
         )  # fmt: skip
 
@@ -52,7 +54,9 @@ class EngineClient:
         """The open response to /generate. Raises EngineFailure or EngineRefusal where its status is not 200, and
         TimeoutError at `deadline_s` (of time.monotonic)."""
         try:
-            posting = asyncio.ensure_future(self._session.post(f"{url}/generate", json=body))
+            posting = asyncio.ensure_future(
+                self._session.post(f"{url}/generate", json=body, headers=inject_context({}))
+            )
             response = await self._patiently(url, posting, deadline_s)
         except aiohttp.ServerTimeoutError as error:
             raise EngineFailure("connect", f"{url}: {error!r}") from error

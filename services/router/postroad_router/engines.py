@@ -77,7 +77,10 @@ class Engines:
             logger.warning("the registry of engines can't be read, the known ones are used on: %r", error)
             return
         self.read = True
-        if self.pool.update(members):
+        valid = {name: info for name, info in members.items() if _is_engine(info)}
+        for name in members.keys() - valid.keys():
+            logger.warning("the registration of engine %s is not valid: %s", name, members[name])
+        if self.pool.update(valid):
             self._changed.set()
 
     async def _probe(self, engine: Engine) -> None:
@@ -86,3 +89,9 @@ class Engines:
         logger.info("probe of %s: %s", engine.name, "healthy, admitted" if healthy else "not healthy")
         if healthy:
             self._changed.set()
+
+
+def _is_engine(info: object) -> bool:
+    if not isinstance(info, dict) or not isinstance(info.get("url"), str):
+        return False
+    return all(type(info.get(key, 0)) is int for key in ("pid", "version", "slots", "running"))

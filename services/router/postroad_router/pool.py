@@ -48,12 +48,13 @@ class Pool:
         for name in self.engines.keys() - members.keys():
             del self.engines[name]
         for name, info in members.items():
-            old = self.engines.get(name)
-            if old is None or (old.url, old.pid) != (str(info["url"]).rstrip("/"), info.get("pid", 0)):
-                old = self.engines[name] = Engine(name, str(info["url"]).rstrip("/"), info.get("pid", 0))
-            old.version, old.digest = int(info.get("version", 0)), str(info.get("digest", ""))
-            old.state = str(info.get("state", "ready"))
-            old.slots, old.running = int(info.get("slots", 1)), int(info.get("running", 0))
+            url, pid = info["url"].rstrip("/"), info.get("pid", 0)
+            engine = self.engines.get(name)
+            if engine is None or (engine.url, engine.pid) != (url, pid):
+                engine = self.engines[name] = Engine(name, url, pid)
+            engine.version, engine.digest = info.get("version", 0), str(info.get("digest", ""))
+            engine.state = str(info.get("state", "ready"))
+            engine.slots, engine.running = info.get("slots", 1), info.get("running", 0)
         return before != {name: (e.url, e.pid, e.version, e.state) for name, e in self.engines.items()}
 
     def choose(self, minimum_version: int, avoid: frozenset[str] = frozenset()) -> Engine | None:

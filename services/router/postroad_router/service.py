@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0
 DRAIN_S = 4
+KEEP_ALIVE_S = 30
 
 
 class _Server(uvicorn.Server):
@@ -53,7 +54,7 @@ class RouterService:
             parts = build_parts(environment, self.recipe, engines)
             config = uvicorn.Config(
                 create_app(parts), log_config=None, access_log=False, lifespan="off", ws="none",
-                timeout_graceful_shutdown=DRAIN_S, server_header=False,
+                timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=KEEP_ALIVE_S, server_header=False,
             )  # fmt: skip
             server = _Server(config)
             async with asyncio.TaskGroup() as group:

@@ -60,14 +60,13 @@ class ChatTemplate:
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True, **variables: Any,
+        add_generation_prompt: bool = True, variables: dict[str, Any] | None = None,
     ) -> str:  # fmt: skip
-        """The prompt's text. Raises TemplateError."""
+        """The prompt's text. `variables` are the template's own, such as enable_thinking. Raises TemplateError."""
+        fixed = {"messages": messages, "tools": tools, "documents": None,
+                 "add_generation_prompt": add_generation_prompt}  # fmt: skip
         try:
-            return self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
-                **self.special, **variables,
-            )  # fmt: skip
+            return self._template.render({**self.special, **(variables or {}), **fixed})
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
             raise TemplateError(f"the model's chat template does not take these messages: {error}") from error
 

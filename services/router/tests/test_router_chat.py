@@ -152,6 +152,13 @@ async def test_bodies_that_are_no_object(mesh: Any, body: bytes) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_json"
 
 
+async def test_text_that_is_no_text(mesh: Any) -> None:
+    body = b'{"model": "stub", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    async with mesh.http() as client:
+        answer = await client.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_messages"
+
+
 async def test_strangers_are_refused(mesh: Any, stub_engine: Any) -> None:
     engine = await mesh.add(stub_engine("e0"))
     async with mesh.openai("wrong") as client:

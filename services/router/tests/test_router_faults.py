@@ -103,8 +103,8 @@ async def test_a_stop_string_across_the_seam_is_seen(mesh: Any, stub_engine: Any
 async def test_quarantine_ends_with_a_good_probe(mesh: Any, stub_engine: Any, until: Any) -> None:
     first, _ = await broken_and_whole(mesh, stub_engine, until, status=500, healthy=False)
     await ask(mesh, max_tokens=2)
-    await until(lambda: first.probes >= 2)
-    assert (await mesh.known())["a"]["failures"] >= 3
+    await until(lambda: first.probes)
+    assert (await mesh.known())["a"]["failures"] >= 2
     first.status, first.healthy = None, True
 
     async def admitted() -> bool:

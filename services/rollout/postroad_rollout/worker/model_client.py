@@ -16,6 +16,7 @@ import aiohttp
 import numpy as np
 
 from postroad.messages import Task, VersionSpan
+from postroad.telemetry.tracing import inject_context
 from postroad_rollout.worker.errors import RefusedByEngine, RouterFailure
 from postroad_rollout.worker.metrics import RETRIES
 from postroad_rollout.worker.routers import Routers
@@ -28,6 +29,7 @@ BACKOFF_S = 0.1
 BACKOFF_MAX_S = 2.0
 SILENCE_S = 10.0
 PROBE_S = 5.0
+KEEP_ALIVE_S = 2.0  # less than a server's, so that no request meets a connection that is being closed
 EXPERT_TYPES = {"u1": np.uint8, "u2": np.uint16}
 
 
@@ -54,7 +56,7 @@ class Connection:
 
     async def open(self) -> None:
         self._session = aiohttp.ClientSession(
-            headers=self._headers, connector=aiohttp.TCPConnector(limit=0),
+            headers=self._headers, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=3.0),
         )  # fmt: skip
 
@@ -70,7 +72,7 @@ class Connection:
                 await asyncio.wait({asking}, timeout=SILENCE_S)
                 if not asking.done() and not await self._lives(url):
                     raise RouterFailure("silent", f"{url} says nothing and answers no probe")
-            status, headers, text = asking.result()
+            return _answer(*asking.result())
         except (aiohttp.ClientError, OSError) as error:
             self._routers.failed(url)
             raise RouterFailure("connection", f"{url}: {error!r}") from error
@@ -80,10 +82,9 @@ class Connection:
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-        return _answer(status, headers, text)
 
     async def _ask(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
-        async with self._session.post(url, json=body) as response:
+        async with self._session.post(url, json=body, headers=inject_context({})) as response:
             return response.status, dict(response.headers), await response.read()
 
     async def _lives(self, url: str) -> bool:
