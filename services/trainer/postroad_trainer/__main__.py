@@ -27,6 +27,7 @@ def main() -> int:
     environment = Environment.read()
     set_up_logging("trainer", environment.run, environment.log_level)
     set_up_tracing("trainer", environment.run)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     from postroad_trainer.backend import BackendError
     from postroad_trainer.batch import RowError
     from postroad_trainer.checkpoint import CheckpointError

@@ -43,8 +43,9 @@ class TorchThread:
     async def run(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """Wait for what runs: an interpreter that ends under a running torch thread is aborted."""
+        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
 
 
 class Leader:
@@ -75,7 +76,7 @@ class Leader:
 
     async def stop(self) -> None:
         if self._training is not None:
-            await self._all("stop", lambda t: None)
+            await self._all("stop", lambda t: t.close())
 
     async def _all(self, command: str, own: Callable[[Training], _Result], **arguments: Any) -> _Result:
         training = self._training
@@ -108,6 +109,7 @@ def follow(recipe: Recipe, model: Path) -> None:
             case "load":
                 training.load(Path(order["folder"]))
             case "stop":
+                training.close()
                 return
 
 

@@ -41,9 +41,10 @@ async def replay(environment: Environment, recipe: Recipe, first: int, last: int
             equal &= digest == step.digest
             verdict = "equal" if line["equal"] else f"differs from {step.digest}"
             print(json.dumps(line) if as_json else f"step {step.number}: {digest} {verdict}", flush=True)
+        await leader.stop()
         return equal
     finally:
-        thread.close()
+        await thread.close()
         await bus.close()
 
 

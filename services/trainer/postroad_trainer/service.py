@@ -98,7 +98,7 @@ class TrainerService:
             await self.publisher.close()
             await self.store.close()
             await self.bus.close()
-            self.thread.close()
+            await self.thread.close()
 
     # ── resume ───────────────────────────────────────────────────────────────────────────────────────────────────
     async def _resume(self) -> None:

@@ -98,6 +98,11 @@ class Training:
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
 
+    def close(self) -> None:
+        """Leave the process groups, whose threads would otherwise abort the interpreter at its end."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
 
 def _bytes_of(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...], np.ndarray]:
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
