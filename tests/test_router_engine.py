@@ -107,8 +107,9 @@ async def store(valkey: Any, processes: Processes) -> AsyncIterator[Store]:
                 info = {"url": urls[name], "pid": processes.running[name].pid, "version": 0, "digest": "", "state": "ready",
                         "slots": 8, "running": 0}  # fmt: skip
                 await store.register("engine", name, info, 6)
-            await asyncio.sleep(1)
+            await asyncio.wait({ending}, timeout=1)
 
+    ending = asyncio.get_running_loop().create_future()
     registering = asyncio.create_task(register())
     yield store
     registering.cancel()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SERVING = "ready"  # a new engine is not, until it has pulled the newest weights for the first time
 QUARANTINE_S = 0.5
 QUARANTINE_MAX_S = 30.0
 
@@ -62,7 +63,7 @@ class Pool:
         able = [
             engine
             for engine in self.engines.values()
-            if engine.quarantined_until is None and engine.state in SERVING and engine.version >= minimum_version
+            if engine.quarantined_until is None and engine.state == SERVING and engine.version >= minimum_version
         ]
         return min(able, key=lambda engine: (engine.name in avoid, engine.load), default=None)
 
@@ -93,9 +94,6 @@ class Pool:
         else:
             engine.failures += 1
             engine.quarantined_until = now + quarantine_s(engine.failures)
-
-
-SERVING = ("ready", "pulling")  # while it pulls new weights an engine serves the old ones
 
 
 def quarantine_s(failures: int) -> float:

@@ -107,8 +107,8 @@ def member(**info: Any) -> dict[str, Any]:
 
 def test_the_pool_chooses_by_load_version_and_state() -> None:
     pool = Pool()
-    assert pool.update({"a": member(), "b": member(version=2), "c": member(state="draining")})
-    assert not pool.update({"a": member(running=3), "b": member(version=2), "c": member(state="draining")})
+    assert pool.update({"a": member(), "b": member(version=2), "c": member(state="pulling")})
+    assert not pool.update({"a": member(running=3), "b": member(version=2), "c": member(state="pulling")})
     a, b = pool.engines["a"], pool.engines["b"]
     pool.start(a, 100)
     assert pool.choose(0) is b and pool.choose(0, frozenset("b")) is a and pool.choose(2) is b
