@@ -74,7 +74,9 @@ class Dispatcher:
                     if splice.finish is not None and (splice.complete or raw["meta_info"].get("finish_reason") is None):
                         break  # complete, or a stop string that only the splice sees
             if splice.finish is None or (not splice.complete and body["sampling_params"]["max_new_tokens"] == 0):
-                raise EngineFailure("garbage", f"{engine.name} ended without what was asked of it")
+                raise EngineFailure(
+                    "garbage", f"{engine.name} ended without tokens or routed experts that were asked for"
+                )
             self.engines.pool.succeed(engine)
         finally:
             self.engines.pool.end(engine, cost)

@@ -22,7 +22,8 @@ from postroad_router.parts import build_parts
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0
-DRAIN_S = 4
+DRAIN_S = 3
+LEAVE_S = 1.0
 KEEP_ALIVE_S = 30
 
 
@@ -58,19 +59,26 @@ class RouterService:
             )  # fmt: skip
             server = _Server(config)
             async with asyncio.TaskGroup() as group:
-                background = [group.create_task(engines.run()), group.create_task(self._heartbeat(store))]
+                polling, beat = group.create_task(engines.run()), group.create_task(self._heartbeat(store))
                 serving = group.create_task(server.serve(sockets=[listening]))
                 stopping = asyncio.ensure_future(stop.wait())
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 parts.draining = server.should_exit = True
-                await store.leave("router", self.name)
+                beat.cancel()
+                await self._leave(store)
                 await serving
-                for task in (*background, stopping):
+                for task in (polling, stopping):
                     task.cancel()
         finally:
             listening.close()
             await client.close()
             await store.close()
+
+    async def _leave(self, store: Store) -> None:
+        try:
+            await asyncio.wait_for(store.leave("router", self.name), LEAVE_S)
+        except (RedisError, StoreError, OSError, TimeoutError) as error:
+            logger.warning("this router stays registered for up to %.0f s: %r", 3 * HEARTBEAT_S, error)
 
     async def _heartbeat(self, store: Store) -> None:
         info = {"url": self.url, "pid": os.getpid(), "port": int(self.url.rpartition(":")[2])}

@@ -109,10 +109,7 @@ class Splice:
 
     def break_off(self) -> None:
         """The engine failed: keep its tokens, and see whether the last of them ended the generation."""
-        try:
-            self._merge_experts()
-        except EngineFailure:
-            self._raw_experts = None  # another engine gives these rows again
+        self._merge_experts()
         if self.finish is None and self.tokens:
             ends = not self.request.ignore_eos and self.tokens[-1] in self.model.end_ids
             if (ends and len(self.tokens) > self.request.min_new_tokens) or (
@@ -175,7 +172,8 @@ class Splice:
 
     # ── routed experts ───────────────────────────────────────────────────────────────────────────────────────────
     def _merge_experts(self) -> None:
-        """Add the rows that are not known yet: a row stays that of the engine which generated with it."""
+        """Add the rows that are not known yet: a row stays that of the engine which generated with it. Rows that make
+        no sense stay missing, and are asked for again."""
         if not self.request.routed_experts or self._raw_experts is None:
             return
         text, generated = self._raw_experts
@@ -184,10 +182,10 @@ class Splice:
         try:
             flat = np.frombuffer(base64.b64decode(text, validate=True), dtype="<i4")
             experts = flat.reshape(-1, len(self.model.moe_layers) or 1, self.model.experts_per_token)[:rows]
-        except (binascii.Error, ValueError) as error:
-            raise EngineFailure("garbage", f"routed experts that can't be read: {error}") from error
+        except (binascii.Error, ValueError):
+            return
         if len(experts) < rows or (experts.size and not 0 <= experts.min() <= experts.max() < self.model.experts):
-            raise EngineFailure("garbage", f"routed experts of shape {experts.shape} for {rows + 1} tokens")
+            return
         narrow = experts.astype(np.uint8 if self.model.experts <= 256 else np.uint16)
         known = self._experts
         self._experts = narrow if known is None else np.concatenate([known, narrow[len(known) :]])

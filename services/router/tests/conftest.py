@@ -54,7 +54,8 @@ def write_model(folder: Path) -> Path:
 class StubEngine:
     """Speaks SGLang's /generate. The token at position p of a sequence depends on p and the seed alone, its
     log-probability on p and the version, its experts are all `mark`. Faults: `die_after` tokens the connection breaks
-    (once), `status` is answered instead, `garbage` is sent, `hang` says nothing (not even to a probe)."""
+    (once), `status` is answered instead, `garbage` is sent, `lies` is given as the version, the last row of experts is
+    lost (`loses_experts`), nothing is said until `hold` is set, and probes are answered as `healthy` says."""
 
     name: str
     version: int = 1
@@ -68,6 +69,7 @@ class StubEngine:
     healthy: bool = True
     hold: asyncio.Event | None = None
     lies: int | None = None
+    loses_experts: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
     probes: int = 0
     aborted: int = 0
@@ -151,7 +153,8 @@ class StubEngine:
                 [entry, [-9.0, 4, None]][: body["top_logprobs_num"]] for entry in entries[shown]
             ]
         if finish and body.get("return_routed_experts"):
-            rows = np.full((len(body["input_ids"]) + len(tokens) - 1, 2, 2), self.mark, dtype="<i4")
+            count = len(body["input_ids"]) + len(tokens) - 1 - self.loses_experts
+            rows = np.full((count, 2, 2), self.mark, dtype="<i4")
             meta["routed_experts"] = base64.b64encode(rows.tobytes()).decode()
         return {"text": "", "output_ids": tokens[shown], "meta_info": meta}
 

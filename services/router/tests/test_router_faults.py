@@ -11,6 +11,9 @@ import numpy as np
 import openai
 import pytest
 
+from postroad_router.engine_client import EngineClient
+from postroad_router.errors import EngineFailure
+
 MESSAGES = [{"role": "user", "content": "hello"}]
 PROMPT_TOKENS = len("user\nhello\nassistant\n") + 3
 
@@ -88,6 +91,18 @@ async def test_an_engine_that_died_with_the_last_token_is_not_asked_for_more(
     experts = choice.routed_experts
     rows = np.frombuffer(base64.b64decode(experts["data"]), np.uint8).reshape(experts["shape"])
     assert rows.shape == (PROMPT_TOKENS + 2, 2, 2)
+
+
+async def test_experts_that_do_not_fit_are_asked_for_again(mesh: Any, stub_engine: Any, until: Any) -> None:
+    """All tokens are the first engine's; its experts lack a row each time, so that they are the second one's."""
+    first, second = await broken_and_whole(mesh, stub_engine, until, loses_experts=True)
+    extra = {"return_token_ids": True, "routed_experts": True}
+    choice = (await ask(mesh, max_tokens=5, extra_body=extra)).choices[0]
+    assert len(choice.token_ids) == 5 and choice.versions == [[0, 5, 1]]
+    assert [body["sampling_params"]["max_new_tokens"] for body in first.requests + second.requests] == [5, 0, 0]
+    assert choice.routed_experts["shape"] == [PROMPT_TOKENS + 4, 2, 2]
+    rows = np.frombuffer(base64.b64decode(choice.routed_experts["data"]), np.uint8)
+    assert set(rows.tolist()) == {2}
 
 
 async def test_a_stop_string_across_the_seam_is_seen(mesh: Any, stub_engine: Any, until: Any) -> None:
@@ -186,6 +201,27 @@ async def test_engines_stay_known_while_the_store_is_away(mesh: Any, stub_engine
     assert (await ask(mesh)).choices[0].message.content == "still here"
     valkey.start()
     assert (await ask(mesh)).choices[0].message.content == "still here"
+
+
+async def test_a_silent_engine_is_waited_for_only_while_it_answers_probes(stub_engine: Any, until: Any) -> None:
+    engine = stub_engine("a", says="x", hold=asyncio.Event())
+    await engine.start()
+    client = EngineClient("mesh-key", silence_s=0.05)
+    await client.open()
+    body = {"input_ids": [3], "sampling_params": {"max_new_tokens": 3, "stop": []}, "stream": True}
+
+    async def read() -> int:
+        return len([chunk async for chunk in client.chunks(engine.url, body, time.monotonic() + 20)])
+
+    patient = asyncio.create_task(read())
+    await until(lambda: engine.probes >= 3)
+    engine.hold.set()
+    assert await patient == 2
+    engine.hold, engine.healthy = asyncio.Event(), False
+    with pytest.raises(EngineFailure, match="silent"):
+        await read()
+    await client.close()
+    await engine.stop()
 
 
 async def test_load_is_spread(mesh: Any, stub_engine: Any, until: Any) -> None:

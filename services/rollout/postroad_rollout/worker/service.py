@@ -20,7 +20,8 @@ from postroad_rollout.worker.routers import Routers
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0
-DRAIN_S = 4.0
+DRAIN_S = 3.0
+LEAVE_S = 1.0
 ACK_WAIT_S = 10.0  # after so long without a heartbeat a task is another worker's
 
 State = Literal["start", "ready", "drain", "stop"]
@@ -53,7 +54,7 @@ class WorkerService:
             beat.cancel()
             await asyncio.gather(beat, return_exceptions=True)
             await connection.close()
-            await store.leave("worker", self.name)
+            await self._leave(store)
             await store.close()
             await bus.close()
             health.close()
@@ -76,6 +77,12 @@ class WorkerService:
             for task in (working, stopping):
                 task.cancel()
             await asyncio.gather(working, stopping, return_exceptions=True)
+
+    async def _leave(self, store: Store) -> None:
+        try:
+            await asyncio.wait_for(store.leave("worker", self.name), LEAVE_S)
+        except (RedisError, StoreError, OSError, TimeoutError) as error:
+            logger.warning("this worker stays registered for up to %.0f s: %r", 3 * HEARTBEAT_S, error)
 
     async def _heartbeat(self, store: Store, port: int) -> None:
         while True:
