@@ -43,10 +43,10 @@ async def exited(process: subprocess.Popen[bytes]) -> int:
     """Wait, without polling, until the process ends; what is left of its process group is killed. Its exit code."""
     descriptor = os.pidfd_open(process.pid)
     loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-    loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
+    ended = asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
     try:
-        await ended
+        await ended.wait()
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)

@@ -49,8 +49,11 @@ jetstream {{
 }}
 """
     )
-    url = f"nats://postroad:{password}@127.0.0.1:{port}"
-    return Server("nats", [str(binary), "-c", str(configuration)], port, url)
+    return Server("nats", [str(binary), "-c", str(configuration)], port, nats_url(port, password))
+
+
+def nats_url(port: int, password: str) -> str:
+    return f"nats://postroad:{password}@127.0.0.1:{port}"
 
 
 def valkey_server(folder: Path, port: int, password: str) -> Server:
@@ -67,4 +70,8 @@ def valkey_server(folder: Path, port: int, password: str) -> Server:
         f"bind 127.0.0.1\nport {port}\ndir {json.dumps(str(folder))}\nrequirepass {password}\n"
         'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\ndaemonize no\n'
     )
-    return Server("valkey", [str(binary), str(configuration)], port, f"redis://:{password}@127.0.0.1:{port}/0")
+    return Server("valkey", [str(binary), str(configuration)], port, valkey_url(port, password))
+
+
+def valkey_url(port: int, password: str) -> str:
+    return f"redis://:{password}@127.0.0.1:{port}/0"

@@ -1,0 +1,73 @@
+"""Which processes a recipe needs, how they are started, and in which order they stop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from postroad.config import Recipe
+from postroad.supervisor.folder import RunFolder, RunRecord, Urls
+from postroad.supervisor.servers import free_port
+
+Kind = Literal["nats", "valkey", "engine", "router", "reward", "worker", "trainer"]
+# the trainer takes longest to open and needs no other service for that: it starts beside the engines
+START_ORDER: tuple[tuple[Kind, ...], ...] = (("engine", "trainer"), ("router",), ("reward",), ("worker",))
+STOP_ORDER: tuple[Kind, ...] = ("trainer", "worker", "router", "engine", "reward")
+SERVERS: tuple[Kind, ...] = ("valkey", "nats")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process to be kept alive. `name` is its POSTROAD_NAME and names its log."""
+
+    kind: Kind
+    name: str
+    command: tuple[str, ...]
+    port: int | None = None
+
+
+def services(recipe: Recipe) -> list[Service]:
+    """The services of the mesh, without its servers."""
+    python = sys.executable
+    engine, worker = (python, "-m", "postroad_rollout.engine_service"), (python, "-m", "postroad_rollout.worker")
+    return [
+        *(Service("engine", f"engine-{number}", engine) for number in range(recipe.rollout.engines)),
+        Service("router", "router-0", (python, "-m", "postroad_router")),
+        Service("reward", "reward-0", (python, "-m", "postroad_reward")),
+        *(Service("worker", f"worker-{number}", worker) for number in range(recipe.rollout.workers)),
+        Service("trainer", "trainer", trainer_command(recipe.trainer.processes)),
+    ]
+
+
+def trainer_command(processes: int) -> tuple[str, ...]:
+    if processes == 1:
+        return (sys.executable, "-m", "postroad_trainer")
+    return (
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+        "--master-port", str(free_port()), "-m", "postroad_trainer",
+    )  # fmt: skip
+
+
+def service_environment(folder: RunFolder, record: RunRecord, urls: Urls) -> dict[str, str]:
+    """What every service of the run is told (postroad.config.Environment); POSTROAD_NAME comes on top."""
+    return {
+        **os.environ,
+        "POSTROAD_RUN": record.run,
+        "POSTROAD_DIR": str(folder.path),
+        "POSTROAD_RECIPE": str(folder.recipe_file),
+        "POSTROAD_MODEL": record.model,
+        "POSTROAD_NATS_URL": urls.nats,
+        "POSTROAD_REDIS_URL": urls.redis,
+        "POSTROAD_KEY": folder.secrets().key,
+        "POSTROAD_HOST": "127.0.0.1",
+        "POSTROAD_PORT": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def plain_environment() -> dict[str, str]:
+    """What the servers need: nothing of ours."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
