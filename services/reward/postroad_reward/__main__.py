@@ -11,11 +11,11 @@ import signal
 import sys
 
 from postroad.config import Environment, Recipe, RecipeError, load_recipe
+from postroad.supervisor.processes import die_with_parent
 from postroad.telemetry.logging import set_up_logging
 from postroad.telemetry.tracer import set_up_tracing
 from postroad_reward.errors import GraderFailed, GraderSettingsError, UnknownGrader
 from postroad_reward.graders import check
-from postroad_reward.lineage import die_with_parent
 from postroad_reward.service import RewardService
 
 logger = logging.getLogger("postroad_reward")

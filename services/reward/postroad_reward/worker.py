@@ -14,14 +14,16 @@ import traceback
 from collections.abc import Awaitable
 from typing import Any, BinaryIO
 
+from postroad.supervisor.processes import ORPHANED, die_with_parent
 from postroad_reward import wire
 from postroad_reward.errors import GraderSettingsError, UnknownGrader
 from postroad_reward.graders import Attempt, check, checked_grade, find
-from postroad_reward.lineage import die_with_parent
 
 
 def main() -> None:
-    die_with_parent(int(sys.argv[1]))
+    die_with_parent()
+    if os.getppid() != int(sys.argv[1]):  # the service died before the kernel knew
+        sys.exit(ORPHANED)
     memory = int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
