@@ -15,6 +15,9 @@ from postroad_reward.graders.base import Attempt, Grade, Grader, Settings
 
 class PositionsSettings(Settings):
     unit: Literal["character", "word"] = Field("character", description="What one position holds.")
+    same_kind: float = Field(
+        0.0, ge=0, lt=1, description="What a wrong character is worth where it is a digit as the right one is."
+    )
 
 
 def grade(attempt: Attempt, settings: PositionsSettings) -> Grade:
@@ -22,8 +25,10 @@ def grade(attempt: Attempt, settings: PositionsSettings) -> Grade:
     if not label:
         raise ValueError(f"the positions grader needs a label with at least one {settings.unit}, not {attempt.label!r}")
     response = _units(attempt.response, settings)
-    equal = sum(mine == theirs for mine, theirs in zip(response, label, strict=False))
-    return Grade(equal / len(label), {"exact": float(response == label)})
+    pairs = list(zip(response, label, strict=False))
+    equal = sum(mine == theirs for mine, theirs in pairs)
+    kind = sum(mine != theirs and mine.isdigit() and theirs.isdigit() for mine, theirs in pairs)
+    return Grade((equal + settings.same_kind * kind) / len(label), {"exact": float(response == label)})
 
 
 def _units(value: object, settings: PositionsSettings) -> list[str]:
