@@ -34,11 +34,13 @@ class Router:
 def chat(
     dir: Dir = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Say this, print the answer, end.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
 ) -> None:
     """Talk to the model; an empty line, Ctrl-D or Ctrl-C ends it."""
-    settings = {"model": MODEL, "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+    settings: dict[str, Any] = {"model": MODEL, "temperature": temperature, "stream": True}
+    if max_tokens is not None:
+        settings["max_tokens"] = max_tokens
     try:
         asyncio.run(_chat(chosen(dir), message, settings))
     except (ChatError, httpx.HTTPError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ class Commands(TyperGroup):
     """Turns expected faults into a sentence on standard error and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        logging.getLogger().addHandler(logging.NullHandler())  # what goes wrong is told below, once
         try:
             return super().invoke(ctx)
         except tuple(_EXIT_CODES) as error:

@@ -17,6 +17,7 @@ from postroad.store import Store, StoreError
 from postroad.supervisor.folder import FolderBusy, FolderError, RunFolder, Urls, choose_ports
 from postroad.supervisor.plan import plain_environment, service_environment
 from postroad.supervisor.processes import exited, signal_group, start
+from postroad.supervisor.servers import listening
 from postroad.supervisor.state import StateRecord
 
 LIVE_S = 3.0
@@ -105,6 +106,10 @@ async def _temporary(folder: RunFolder) -> AsyncIterator[OpenedRun]:
     try:
         for server in folder.servers(ports):
             processes.append(start(server.command, plain_environment(), folder.logs / f"{server.name}.log"))
+        try:
+            await listening([ports.nats, ports.valkey], OPEN_DEADLINE_S)
+        except TimeoutError as error:
+            raise Unreachable(f"NATS or Valkey did not start; see {folder.logs}") from error
         async with _connected(record.run, urls, OPEN_DEADLINE_S) as (bus, store):
             environment = service_environment(folder, record, urls)
             yield OpenedRun(record.run, folder.recipe(), bus, store, False, folder.state(), environment)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+KNOCK_S = 0.02
 
 
 class MissingServer(RuntimeError):
@@ -28,6 +32,27 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+async def listening(ports: Sequence[int], deadline_s: float) -> None:
+    """Wait until somebody listens on all of `ports` of the loopback interface. Raises TimeoutError."""
+    async with asyncio.timeout(deadline_s):
+        for port in ports:
+            await _listening(port)
+
+
+async def _listening(port: int) -> None:
+    while not await listens(port):  # noqa: ASYNC110 (a socket has no event)
+        await asyncio.sleep(KNOCK_S)
+
+
+async def listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 def nats_server(folder: Path, port: int, password: str) -> Server:

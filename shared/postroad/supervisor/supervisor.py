@@ -28,6 +28,7 @@ from postroad.supervisor.plan import (
     plain_environment,
     service_environment,
 )
+from postroad.supervisor.servers import listening, listens
 from postroad.supervisor.state import Progress, RunState, StateRecord
 from postroad.supervisor.view import View
 
@@ -89,6 +90,7 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._told_to_stop = asyncio.Event()
         self._in_a_hurry = False
+        self._next_step = 1  # sequence in STEPS
 
     async def run(self) -> RunState:
         """Supervise until the run is over and nothing of it runs any more; how it ended."""
@@ -99,7 +101,7 @@ class Supervisor:
         end: tuple[RunState, str] = ("failed", "the supervisor itself failed; its output says why")
         try:
             end = await self._until_told(asyncio.ensure_future(self._live()))
-        except (BusError, StoreError, RedisError, OSError) as error:
+        except (BusError, StoreError, RedisError, OSError, TimeoutError) as error:
             end = ("failed", self._blame_servers(error))
         finally:
             await self._stop(STOP_ORDER, DRAIN_S)
@@ -138,6 +140,7 @@ class Supervisor:
         nats, valkey = self.folder.servers(self.record.ports)
         self._keep(Service("nats", nats.name, tuple(nats.command), nats.port), plain_environment())
         self._keep(Service("valkey", valkey.name, tuple(valkey.command), valkey.port), plain_environment())
+        await listening([nats.port, valkey.port], SERVER_DEADLINE_S)
         bus = await Bus.connect(nats.url, self.record.run, deadline_s=SERVER_DEADLINE_S)
         try:
             store = await Store.connect(valkey.url, self.record.run, deadline_s=SERVER_DEADLINE_S)
@@ -182,13 +185,20 @@ class Supervisor:
         self._tell()
 
     async def _wait_ready(self, children: Collection[Child]) -> None:
-        while any(child.record.state != "ready" for child in children if child.service.kind not in SERVERS):
+        while not self._are_ready(children):
             self._changed.clear()
             await self._changed.wait()
 
+    def _are_ready(self, children: Collection[Child]) -> bool:
+        return all(child.record.state == "ready" for child in children)
+
     async def _watch_members(self, store: Store) -> None:
-        """Who has said that it is ready, and which weights it has."""
+        """Who is ready, and which weights it has: a service says so in the store, a server by listening."""
         while True:
+            for child in self._children:
+                port = child.service.port
+                if child.record.state == "starting" and port is not None and await listens(port):
+                    child.ready(port, None)
             try:
                 members = await asyncio.wait_for(read_members(store), READ_S)
             except (TimeoutError, RedisError, StoreError) as error:
@@ -198,22 +208,22 @@ class Supervisor:
                 pid = child.record.pid
                 if pid is not None and (member := of_process(members, pid)) is not None:
                     child.ready(member.port, member.version)
-            await asyncio.sleep(RUNNING_POLL_S if self._all_ready() else STARTING_POLL_S)
-
-    def _all_ready(self) -> bool:
-        return all(c.record.state == "ready" for c in self._children if c.service.kind not in SERVERS)
+            settled = self.state.state == "running" and self._are_ready(self._children)
+            await asyncio.sleep(RUNNING_POLL_S if settled else STARTING_POLL_S)
 
     async def _follow_steps(self, bus: Bus) -> None:
-        position = 1
         while True:
             try:
-                async for entry in bus.replay("STEPS", start=position, follow=True):
-                    if isinstance(entry, LoggedMessage) and isinstance(entry.message, Step):
-                        position = entry.sequence + 1
-                        self._stepped(entry.message)
+                await self._read_steps(bus, follow=True)
             except BusError as error:
                 logger.warning("the step log can't be followed now: %s", error)
                 await asyncio.sleep(RETRY_S)
+
+    async def _read_steps(self, bus: Bus, *, follow: bool) -> None:
+        async for entry in bus.replay("STEPS", start=self._next_step, follow=follow):
+            if isinstance(entry, LoggedMessage) and isinstance(entry.message, Step):
+                self._next_step = entry.sequence + 1
+                self._stepped(entry.message)
 
     def _stepped(self, step: Step) -> None:
         self.state.progress.add(step)
@@ -229,9 +239,7 @@ class Supervisor:
             for evaluation in self.recipe.evaluation:
                 self.state.evaluations[evaluation.name] = await store.get(f"evaluation:{evaluation.name}") or {}
             self.state.audit = await read_audit(bus, staleness=self.recipe.trainer.staleness, finished=True)
-            async for entry in bus.replay("STEPS", start=await bus.last_sequence("STEPS")):
-                if isinstance(entry, LoggedMessage) and isinstance(entry.message, Step):
-                    self._stepped(entry.message)
+            await self._read_steps(bus, follow=False)
         if self.options.keep:
             self.state.move("finished")
             self._tell()
