@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def from_wire(value: Any) -> np.ndarray:
     shape = tuple(value["shape"])
     if any(not isinstance(side, int) or side < 0 for side in shape):
         raise ValueError(f"array shape {shape!r} is not a list of sizes")
-    if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize != len(value["data"]):
+    if math.prod(shape) * dtype.itemsize != len(value["data"]):
         raise ValueError(f"an array of shape {shape} and dtype {dtype} needs other than {len(value['data'])} bytes")
     return np.frombuffer(value["data"], dtype=dtype).reshape(shape)
 
