@@ -64,7 +64,8 @@ class Mesh:
 
     def ever(self) -> list[int]:
         """Every process that a stand-in ever was, and those of now."""
-        return [int(line) for line in (self.folder.path / "pids").read_text().split()] + self.pids()
+        file = self.folder.path / "pids"
+        return [int(line) for line in (file.read_text().split() if file.exists() else ())] + self.pids()
 
     def finish(self) -> None:
         (self.folder.path / "finish").touch()
@@ -179,16 +180,6 @@ def test_a_fatal_configuration_fails_the_run_at_once_and_says_why(mesh):
     assert state.state == "failed"
     assert "trainer-0" in state.reason and "this trainer is broken" in state.reason
     assert not [pid for pid in mesh.ever() if is_alive(pid)]
-
-
-@pytest.mark.timeout(120)
-def test_what_fails_again_and_again_fails_the_run(mesh):
-    supervisor = mesh.up("worker=7")
-    assert supervisor.wait(100) == 1
-    state = mesh.state()
-    worker = next(process for process in state.processes if process.kind == "worker")
-    assert state.state == "failed" and worker.restarts == 9
-    assert "worker-0" in state.reason and "this worker is broken" in state.reason
 
 
 def test_a_kept_mesh_stays_when_the_run_has_finished(mesh):
