@@ -102,7 +102,7 @@ async def store(valkey: Any, processes: Processes) -> AsyncIterator[Store]:
         urls[name] = processes.log(name).partition("engine: ")[2].split()[0]
 
     async def register() -> None:
-        while True:
+        while not ending.done():
             for name in urls.keys() & processes.running.keys():
                 info = {"url": urls[name], "pid": processes.running[name].pid, "version": 0, "digest": "", "state": "ready",
                         "slots": 8, "running": 0}  # fmt: skip
@@ -112,8 +112,8 @@ async def store(valkey: Any, processes: Processes) -> AsyncIterator[Store]:
     ending = asyncio.get_running_loop().create_future()
     registering = asyncio.create_task(register())
     yield store
-    registering.cancel()
-    await asyncio.gather(registering, return_exceptions=True)
+    ending.set_result(None)
+    await registering
     await store.close()
 
 

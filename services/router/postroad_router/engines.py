@@ -28,10 +28,11 @@ class Engines:
         self._changed = asyncio.Event()
         self._wanted = asyncio.Event()
         self._waiting = 0
+        self._closed = False
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as probes:
-            while True:
+            while not self._closed:
                 await self._poll()
                 for engine in self.pool.due_probes(time.monotonic()):
                     engine.quarantined_until = float("inf")  # until the probe's answer
@@ -41,9 +42,15 @@ class Engines:
                     continue
                 self._wanted.clear()
                 try:
-                    await asyncio.wait_for(self._wanted.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self._wanted.wait()
                 except TimeoutError:
                     continue
+
+    def close(self) -> None:
+        """End `run`. Beside cancelling it: a cancellation that meets redis-py's wait_for is lost on Python 3.11."""
+        self._closed = True
+        self._wanted.set()
 
     async def choose(self, minimum_version: int, avoid: frozenset[str], deadline_s: float) -> Engine | None:
         """The engine to use, waited for until `deadline_s` (of time.monotonic); None where there is none by then."""
@@ -56,7 +63,8 @@ class Engines:
             while (left_s := deadline_s - time.monotonic()) > 0:
                 self._changed.clear()
                 try:
-                    await asyncio.wait_for(self._changed.wait(), left_s)
+                    async with asyncio.timeout(left_s):
+                        await self._changed.wait()
                 except TimeoutError:
                     break
                 engine = self.pool.choose(minimum_version, avoid)
@@ -72,7 +80,8 @@ class Engines:
 
     async def _poll(self) -> None:
         try:
-            members = await asyncio.wait_for(self.store.members("engine"), READ_S)
+            async with asyncio.timeout(READ_S):
+                members = await self.store.members("engine")
         except (RedisError, StoreError, OSError, TimeoutError) as error:
             logger.warning("the registry of engines can't be read, the known ones are used on: %r", error)
             return

@@ -59,14 +59,17 @@ class RouterService:
             )  # fmt: skip
             server = _Server(config)
             async with asyncio.TaskGroup() as group:
-                polling, beat = group.create_task(engines.run()), group.create_task(self._heartbeat(store))
+                polling, beat = group.create_task(engines.run()), group.create_task(self._heartbeat(store, stop))
                 serving = group.create_task(server.serve(sockets=[listening]))
                 stopping = asyncio.ensure_future(stop.wait())
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 parts.draining = server.should_exit = True
+                stop.set()
                 beat.cancel()
+                await asyncio.wait({beat})  # it must not register again
                 await self._leave(store)
                 await serving
+                engines.close()
                 for task in (polling, stopping):
                     task.cancel()
         finally:
@@ -76,13 +79,14 @@ class RouterService:
 
     async def _leave(self, store: Store) -> None:
         try:
-            await asyncio.wait_for(store.leave("router", self.name), LEAVE_S)
+            async with asyncio.timeout(LEAVE_S):
+                await store.leave("router", self.name)
         except (RedisError, StoreError, OSError, TimeoutError) as error:
             logger.warning("this router stays registered for up to %.0f s: %r", 3 * HEARTBEAT_S, error)
 
-    async def _heartbeat(self, store: Store) -> None:
+    async def _heartbeat(self, store: Store, stop: asyncio.Event) -> None:
         info = {"url": self.url, "pid": os.getpid(), "port": int(self.url.rpartition(":")[2])}
-        while True:
+        while not stop.is_set():  # a cancellation that meets redis-py's wait_for is lost on Python 3.11
             try:
                 await store.register("router", self.name, info, 3 * HEARTBEAT_S)
             except (RedisError, StoreError, OSError) as error:

@@ -15,5 +15,9 @@ class RefusedByEngine(Exception):
     """The model does not take this prompt, such as one that is too long: asking again is useless."""
 
 
+class DeadlinePassed(Exception):
+    """The member was not done when the task's deadline passed."""
+
+
 class AgentSettingsError(ValueError):
     """There is no agent of this kind, or not with these settings."""

@@ -11,7 +11,7 @@ from postroad.messages import Message, Task, Trajectory
 from postroad.messages.trajectory import trajectory_id
 from postroad.telemetry.tracing import span
 from postroad_rollout.worker.agents import Agent, Attempt, make_agent
-from postroad_rollout.worker.errors import AgentSettingsError, RefusedByEngine
+from postroad_rollout.worker.errors import AgentSettingsError, DeadlinePassed, RefusedByEngine
 from postroad_rollout.worker.metrics import GROUPS, MEMBERS, SECONDS, TOKENS
 from postroad_rollout.worker.model_client import Connection, ModelClient
 
@@ -20,10 +20,6 @@ logger = logging.getLogger(__name__)
 
 class AgentFailed(Exception):
     """A user's agent raised, or returned what is no attempt."""
-
-
-class DeadlinePassed(Exception):
-    """The member was not done when the task's deadline passed."""
 
 
 class GroupRunner:
@@ -38,6 +34,8 @@ class GroupRunner:
         was published stays, and a redelivery makes only what is missing."""
         if not isinstance(message, Task):
             raise Reject("invalid_message", f"TASKS holds a {message.kind}, not a task")
+        if (late_s := time.time() - message.deadline) >= 0:
+            raise Reject("deadline", f"the deadline passed {late_s:.1f} s before the task was begun")
         try:
             agent = make_agent(message.agent)
         except AgentSettingsError as error:
@@ -88,7 +86,7 @@ class GroupRunner:
             MEMBERS.labels("refused").inc()
             raise
         except Exception as error:
-            if limit.expired():
+            if limit.expired() or isinstance(error, DeadlinePassed):
                 MEMBERS.labels("deadline").inc()
                 raise DeadlinePassed(f"member {model.member} after {model.retries} retries") from error
             MEMBERS.labels("agent_failed").inc()

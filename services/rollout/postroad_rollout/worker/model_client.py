@@ -17,7 +17,7 @@ import numpy as np
 
 from postroad.messages import Task, VersionSpan
 from postroad.telemetry.tracing import inject_context
-from postroad_rollout.worker.errors import RefusedByEngine, RouterFailure
+from postroad_rollout.worker.errors import DeadlinePassed, RefusedByEngine, RouterFailure
 from postroad_rollout.worker.metrics import RETRIES
 from postroad_rollout.worker.routers import Routers
 
@@ -104,7 +104,7 @@ class ModelClient:
 
     async def complete(self, messages: list[dict[str, Any]], max_new_tokens: int | None = None) -> Completion:
         """The model's answer to `messages`. Failures are asked again, with backoff, for as long as the caller waits:
-        the group runner ends it at the task's deadline. Raises RefusedByEngine."""
+        the group runner ends it at the task's deadline. Raises RefusedByEngine and DeadlinePassed."""
         attempt = 0
         while True:
             try:
@@ -119,6 +119,10 @@ class ModelClient:
                 attempt = min(attempt + 1, 16)
                 logger.info("member %d of %s asks again in %.1f s: %s", self.member, self.task.group, pause_s, failure)
                 await asyncio.sleep(pause_s)
+            if (
+                time.time() >= self.task.deadline
+            ):  # a cancellation that meets redis-py's wait_for is lost on Python 3.11
+                raise DeadlinePassed(f"the model did not answer in {attempt} attempts")
 
     def _body(self, messages: list[dict[str, Any]], max_new_tokens: int | None) -> dict[str, Any]:
         sampling = self.task.sampling

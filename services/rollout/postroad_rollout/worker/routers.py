@@ -35,7 +35,8 @@ class Routers:
 
     async def _find(self) -> str:
         try:
-            members = await asyncio.wait_for(self._store.members("router"), READ_S)
+            async with asyncio.timeout(READ_S):
+                members = await self._store.members("router")
         except (RedisError, StoreError, OSError, TimeoutError) as error:
             raise RouterFailure("no_registry", f"the registry of routers can't be read: {error!r}") from error
         urls = sorted({str(info["url"]).rstrip("/") for info in members.values() if info.get("url")})

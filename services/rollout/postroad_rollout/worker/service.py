@@ -80,12 +80,13 @@ class WorkerService:
 
     async def _leave(self, store: Store) -> None:
         try:
-            await asyncio.wait_for(store.leave("worker", self.name), LEAVE_S)
+            async with asyncio.timeout(LEAVE_S):
+                await store.leave("worker", self.name)
         except (RedisError, StoreError, OSError, TimeoutError) as error:
             logger.warning("this worker stays registered for up to %.0f s: %r", 3 * HEARTBEAT_S, error)
 
     async def _heartbeat(self, store: Store, port: int) -> None:
-        while True:
+        while self.state != "stop":  # a cancellation that meets redis-py's wait_for is lost on Python 3.11
             groups = len(self.runner.groups) if self.runner else 0
             info = {"pid": os.getpid(), "port": port, "groups": groups, "state": self.state}
             try:
