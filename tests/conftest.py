@@ -49,32 +49,46 @@ class Mesh:
         text = self.command(command, "--dir", str(self.folder), "--json", *arguments, timeout_s=600)
         return [json.loads(line) for line in text.splitlines() if line.strip()]
 
-    def state(self) -> str:
-        return str(self.json("status")["state"])
+    def read_state(self) -> dict[str, Any]:
+        """state.json, as the supervisor writes it: faster than the command, which some waits are too slow with."""
+        state: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
+        return state
 
-    def pids(self, kind: str) -> list[int]:
-        return [process["pid"] for process in self.json("ps") if process["kind"] == kind and process["pid"]]
+    def step(self) -> int:
+        return int(self.read_state()["progress"]["step"] or 0)
 
     def kill(self, kind: str) -> None:
-        for pid in self.pids(kind)[:1]:
-            os.kill(pid, signal.SIGKILL)
+        """SIGKILL to the process of this kind; it must be there."""
+        pids = [p["pid"] for p in self.read_state()["processes"] if p["kind"] == kind and p["pid"]]
+        os.kill(pids[0], signal.SIGKILL)
 
     def wait(self, condition: Callable[[], bool], deadline_s: float) -> None:
         end = time.monotonic() + deadline_s
         while not condition():
             assert time.monotonic() < end, f"not within {deadline_s} s: {self.command('status', check=False)}\n{self.logs()}"
-            time.sleep(0.2)
+            time.sleep(0.02)
+
+    def nothing_lost(self) -> dict[str, Any]:
+        """The audit, after checking that it is clean and adds up."""
+        audit: dict[str, Any] = self.json("audit")
+        assert (audit["lost"], audit["twice"], audit["wrong_version"]) == (0, 0, 0), audit
+        assert audit["acknowledged"] == audit["trained"] + audit["dead"] + audit["pending"] + audit["lost"], audit
+        return audit
 
     def wait_finished(self, deadline_s: float = 300.0) -> None:
         def over() -> bool:
-            state = self.state()
-            assert state != "failed", f"the run failed: {self.json('status')}\n{self.logs()}"
-            return state == "finished"
+            state = self.read_state()
+            assert state["state"] not in ("failed", "stopped"), f"{state['state']}: {state['reason']}\n{self.logs()}"
+            return bool(state["state"] == "finished")
 
         self.wait(over, deadline_s)
 
     def wait_step(self, number: int, deadline_s: float = 120.0) -> None:
-        self.wait(lambda: (self.json("status")["step"] or 0) >= number, deadline_s)
+        self.wait(lambda: self.step() >= number, deadline_s)
+
+    def wait_alive(self, deadline_s: float = 120.0) -> None:
+        """Until every process runs (again)."""
+        self.wait(lambda: all(p["pid"] for p in self.read_state()["processes"]), deadline_s)
 
     def logs(self) -> str:
         return "\n".join(

@@ -5,19 +5,18 @@ from __future__ import annotations
 import random
 
 import pytest
-from test_mesh import nothing_lost
 
 KINDS = ["worker", "engine", "router", "reward", "trainer", "nats", "valkey"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_kill_of_each(mesh, kind):
-    mesh.up("tiny", "trainer.steps=10", "trainer.checkpoint.every=4")
-    mesh.wait_step(5)
+    mesh.up("tiny", "trainer.steps=24", "trainer.checkpoint.every=4")
+    mesh.wait_step(6)
     mesh.kill(kind)
     mesh.wait_finished()
-    nothing_lost(mesh.json("audit"))
-    assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:10"))
+    mesh.nothing_lost()
+    assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:24"))
 
 
 @pytest.mark.slow
@@ -27,9 +26,10 @@ def test_five_kills_of_each(mesh, kind):
     mesh.up("tiny", "trainer.steps=40")
     for number in range(1, 6):
         mesh.wait_step(6 * number, 300)
+        mesh.wait_alive()
         mesh.kill(kind)
     mesh.wait_finished(600)
-    nothing_lost(mesh.json("audit"))
+    mesh.nothing_lost()
     assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:40"))
 
 
@@ -42,8 +42,9 @@ def test_random_kills(mesh, seed):
     step = 2
     while step < 55:
         mesh.wait_step(step, 300)
+        mesh.wait_alive()
         mesh.kill(chooser.choice(KINDS))
         step += chooser.randint(1, 3)
     mesh.wait_finished(900)
-    nothing_lost(mesh.json("audit"))
+    mesh.nothing_lost()
     assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:60"))
