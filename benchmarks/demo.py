@@ -1,6 +1,6 @@
 """The demo with three seeds: does held-out accuracy rise from below 0.45 to above 0.85 within the times promised?
 
-    .venv/bin/python benchmarks/demo.py [--seeds 0,1,2] [--set trainer.steps=30] [--json]
+.venv/bin/python benchmarks/demo.py [--seeds 0,1,2] [--set trainer.steps=30] [--json]
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def main() -> int:
             flush=True,
         )
         bars |= {
-            f"seed {seed}: from below 0.45 to above 0.85": row["products-before"] < 0.45 and row["products-after"] > 0.85,
+            f"seed {seed}: from below 0.45 to above 0.85": row["products-before"] < 0.45
+            and row["products-after"] > 0.85,
             f"seed {seed}: first step within 90 s": row["first_step_s"] < 90,
             f"seed {seed}: training within 8 minutes": row["training_s"] < 480,
             f"seed {seed}: nothing lost": not (row["lost"] or row["twice"] or row["wrong_version"]),

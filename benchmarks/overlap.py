@@ -31,7 +31,9 @@ def main() -> int:
     training = statistics.median(step["metrics"]["seconds_train"] for step in alone.steps[WARM_UP:])
     overlapped = per_step(both)
     ratio = overlapped / max(generation, training)
-    print(f"generation alone {generation:.2f} s, training alone {training:.2f} s, one after the other {per_step(alone):.2f} s")
+    print(
+        f"generation alone {generation:.2f} s, training alone {training:.2f} s, one after the other {per_step(alone):.2f} s"
+    )
     print(f"overlapped {overlapped:.2f} s a step: {ratio:.2f} of the longer one")
     stale = max(step["staleness_max"] for step in alone.steps)
     figures = {"benchmark": "overlap", "generation_s": generation, "training_s": training, "overlapped_s": overlapped,

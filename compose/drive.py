@@ -21,7 +21,11 @@ class Compose:
         self.engine = engine
         self.command = [*command, "-p", "postroad-test", "-f", str(FILE)]
         names = ("POSTROAD_NATS_PASSWORD", "POSTROAD_REDIS_PASSWORD", "POSTROAD_KEY")
-        self.environment = {**os.environ, **{name: secrets.token_hex(16) for name in names}, "POSTROAD_ROUTER_PORT": "0"}
+        self.environment = {
+            **os.environ,
+            **{name: secrets.token_hex(16) for name in names},
+            "POSTROAD_ROUTER_PORT": "0",
+        }
 
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 1800) -> str:
         done = subprocess.run([*self.command, *arguments], env=self.environment, cwd=ROOT, text=True,
@@ -39,8 +43,12 @@ class Compose:
             return []
 
     def container(self, service: str) -> str:
-        names = subprocess.run([self.engine, "ps", "-a", "--format", "{{.Names}}"], capture_output=True, text=True).stdout
-        return next(name for name in names.split() if f"{service}" in name and "postroad-test" in name.replace("_", "-"))
+        names = subprocess.run(
+            [self.engine, "ps", "-a", "--format", "{{.Names}}"], capture_output=True, text=True
+        ).stdout
+        return next(
+            name for name in names.split() if f"{service}" in name and "postroad-test" in name.replace("_", "-")
+        )
 
     def steps(self) -> int:
         return max((line["step"] for line in self.ask("steps")), default=0)

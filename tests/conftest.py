@@ -65,7 +65,9 @@ class Mesh:
     def wait(self, condition: Callable[[], bool], deadline_s: float) -> None:
         end = time.monotonic() + deadline_s
         while not condition():
-            assert time.monotonic() < end, f"not within {deadline_s} s: {self.command('status', check=False)}\n{self.logs()}"
+            assert time.monotonic() < end, (
+                f"not within {deadline_s} s: {self.command('status', check=False)}\n{self.logs()}"
+            )
             time.sleep(0.02)
 
     def nothing_lost(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
-    for folder in ("shared", "services", "benchmarks")
+    for folder in ("shared", "services")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "tests" not in path.parts and "build" not in path.parts
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
+from postroad.command.live import LiveView, curve
 from postroad.command.main import app
 from postroad.messages import RewardSpec, Sample, Sampling, Step, Task, Trajectory, VersionSpan
 from postroad.supervisor.folder import RunFolder
@@ -221,6 +224,31 @@ def test_up_refuses_early(tmp_path, monkeypatch):
     monkeypatch.setattr("postroad.supervisor.checks.installed", lambda module: module != "postroad_router")
     assert "postroad-router" in postroad("up", RECIPES / "tiny.yaml", "--dir", tmp_path / "run", code=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_live_view_draws_a_run(ended, capsys):
+    folder = RunFolder(ended)
+    state = folder.state()
+    view = LiveView(folder.recipe(), ended)
+    view.changed(state)
+    for number in range(200):
+        metrics = {"reward_mean": number / 200, "response_tokens_mean": 4.0, "logprob_abs_diff_mean": 0.01}
+        view.step(Step(run="test", id="1", number=number, version=number, digest="d", sequences=[], samples=["a"],
+                       groups=[], metrics=metrics, seconds=2.0), state)  # fmt: skip
+    state.evaluations = {"sums": {"0": {"accuracy": 0.25}, "3": {"accuracy": 0.75}}}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(view.render())
+    drawn = console.file.getvalue()
+    assert "held-out accuracy 0.250 → 0.750" in drawn and "2 tokens/s" in drawn and "█" in drawn
+    view.ended(state)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("held-out accuracy before 0.250 after 0.750; audit: acknowledged 0 trained 0")
+
+
+def test_a_curve_rises_with_its_values():
+    assert curve([1.0, 2.0], 2, 4) == ["  2.000 ┤  ██", "  1.000 ┤▁▁██"]
+    assert curve([0.5], 1, 2) == ["  0.500 ┤▄▄"]
+    assert {len(line) for line in curve(list(range(1000)), 3, 50)} == {59}
 
 
 def test_recipe_check_and_reference():

@@ -60,8 +60,9 @@ async def run(environment: Environment, recipe: Recipe) -> None:
                 updater.switched.clear()
 
     async def watch() -> None:
-        while engine.failure is None:
-            await asyncio.sleep(HEARTBEAT_S)
+        await asyncio.to_thread(engine.join)
+        if engine.failure is None:
+            return
         raise EngineError(f"the model's thread failed: {engine.failure!r}")
 
     tasks = [asyncio.create_task(job) for job in (server.serve_socket(), updater.run(), beat(), watch())]

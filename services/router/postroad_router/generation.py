@@ -30,6 +30,7 @@ class GenerationRequest:
     top_logprobs: int = 0
     routed_experts: bool = False
     minimum_version: int = 0
+    stream_interval: int = 1  # tokens between two chunks: more where nobody watches them come
 
 
 @dataclass(frozen=True)

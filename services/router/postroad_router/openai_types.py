@@ -15,6 +15,8 @@ from postroad_router.generation import GenerationRequest
 CODE_PARAMETERS = ("custom_logit_processor", "custom_logits_processor", "logits_processors")
 MAX_CHOICES = 128
 
+UNWATCHED_INTERVAL = 16  # tokens between chunks for a client that waits for the whole
+
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
@@ -139,4 +141,5 @@ def generation_request(
         stop=chat.stop_strings, stop_token_ids=tuple(chat.stop_token_ids), ignore_eos=chat.ignore_eos,
         seed=None if chat.seed is None else chat.seed + choice,
         top_logprobs=chat.top_logprobs or 0, routed_experts=chat.routed_experts, minimum_version=chat.minimum_version,
+        stream_interval=1 if chat.stream else UNWATCHED_INTERVAL,
     )  # fmt: skip

@@ -57,7 +57,8 @@ class Splice:
             "temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k, "min_p": request.min_p,
             "max_new_tokens": left, "min_new_tokens": min(max(request.min_new_tokens - len(self.tokens), 0), left),
             "stop": list(request.stop), "stop_token_ids": list(request.stop_token_ids),
-            "ignore_eos": request.ignore_eos, "no_stop_trim": True, "skip_special_tokens": False,
+            "ignore_eos": request.ignore_eos,
+            "stream_interval": request.stream_interval, "no_stop_trim": True, "skip_special_tokens": False,
         }  # fmt: skip
         if request.seed is not None:
             sampling["sampling_seed"] = request.seed % 2**63

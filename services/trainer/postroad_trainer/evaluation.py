@@ -65,7 +65,7 @@ class Evaluator:
             if earlier is not None and isinstance(earlier.message, Sample):
                 self.add(earlier.message)
                 continue
-            task = evaluation_task(self.recipe, self.bus.subjects.run, evaluation, data, row, version, time.time())
+            task = evaluation_task(self.recipe, self.bus.subjects.run, evaluation, data.row(row), group, version)
             try:
                 await self.bus.publish(self.bus.subjects.task(group), task, once=True)
             except AlreadyPublished:

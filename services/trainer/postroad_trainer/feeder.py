@@ -1,8 +1,10 @@
-"""What group number k asks for: a function of the recipe, the data and k, so that a restart asks for the same."""
+"""What group number k asks for: a function of the recipe, the data and k (but for the deadline), so that a restart asks
+for the same."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 
 from postroad.config import Recipe
 from postroad.config.recipe import EvaluationSection, SamplingSection
@@ -23,7 +25,7 @@ def evaluation_group(version: int, name: str, row: int) -> str:
     return f"e{version:08d}-{name}-{row}"
 
 
-def train_task(recipe: Recipe, run: str, data: Dataset, number: int, minimum_version: int, now: float) -> Task:
+def train_task(recipe: Recipe, run: str, data: Dataset, number: int, minimum_version: int) -> Task:
     row = data.row(prompt_index(recipe.seed, number, len(data), shuffle=recipe.data.shuffle))
     return Task(
         run=run,
@@ -36,16 +38,14 @@ def train_task(recipe: Recipe, run: str, data: Dataset, number: int, minimum_ver
         reward=_reward(recipe, row),
         features=EngineFeatures(routed_experts=recipe.rollout.routed_experts),
         row=row.id,
-        deadline=now + recipe.rollout.deadline_s,
+        deadline=time.time() + recipe.rollout.deadline_s,
         minimum_version=minimum_version,
     )
 
 
 def evaluation_task(
-    recipe: Recipe, run: str, evaluation: EvaluationSection, data: Dataset, index: int, version: int, now: float
+    recipe: Recipe, run: str, evaluation: EvaluationSection, row: Row, group: str, version: int
 ) -> Task:
-    row = data.row(index)
-    group = evaluation_group(version, evaluation.name, index)
     return Task(
         run=run,
         id=group,
@@ -56,7 +56,7 @@ def evaluation_task(
         agent=recipe.rollout.agent,
         reward=_reward(recipe, row),
         row=row.id,
-        deadline=now + recipe.rollout.deadline_s,
+        deadline=time.time() + recipe.rollout.deadline_s,
         minimum_version=version,
     )
 

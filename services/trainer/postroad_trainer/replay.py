@@ -11,10 +11,9 @@ import asyncio
 import json
 import sys
 
-from postroad.supervisor.processes import die_with_parent
-
 from postroad.bus import Bus
 from postroad.config import Environment, Recipe, load_recipe
+from postroad.supervisor.processes import die_with_parent
 from postroad_trainer.checkpoint import Checkpoints
 from postroad_trainer.ranks import Leader, TorchThread
 from postroad_trainer.retrain import retrain

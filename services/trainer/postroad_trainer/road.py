@@ -73,12 +73,7 @@ class Road:
                 if assignment.complete:
                     continue
                 task = train_task(
-                    self.recipe,
-                    self.bus.subjects.run,
-                    self.data,
-                    assignment.number,
-                    assignment.minimum_version,
-                    time.time(),
+                    self.recipe, self.bus.subjects.run, self.data, assignment.number, assignment.minimum_version
                 )
                 self._deadlines[assignment.number] = task.deadline
                 try:

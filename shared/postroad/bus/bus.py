@@ -21,6 +21,7 @@ from nats.js.errors import APIError, BadRequestError, NoStreamResponseError, Not
 
 from postroad.bus.claims import ClaimLost, check_in, check_out
 from postroad.bus.streams import CLAIM_CHECK_BYTES, STREAMS, Subjects
+from postroad.cancellation import in_own_task
 from postroad.messages import Message, SchemaError, decode, encode
 from postroad.telemetry.tracing import inject_context
 
@@ -63,19 +64,11 @@ class InvalidMessage:
 
 
 async def fetch(subscription: JetStreamContext.PullSubscription, count: int) -> list[Msg]:
-    """Up to `count` messages; none after FETCH_S seconds. nats-py turns a cancelled fetch into ConnectionClosedError,
-    so the fetch runs in a task of its own, and cancellation stays what it is."""
-    fetching = asyncio.ensure_future(subscription.fetch(count, timeout=FETCH_S))
+    """Up to `count` messages; none after FETCH_S seconds."""
     try:
-        return await asyncio.shield(fetching)
+        return await in_own_task(subscription.fetch(count, timeout=FETCH_S))
     except TimeoutError:
         return []
-    except asyncio.CancelledError:
-        fetching.cancel()
-        await asyncio.wait({fetching})
-        if not fetching.cancelled():
-            fetching.exception()
-        raise
 
 
 class Bus:

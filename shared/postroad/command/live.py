@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -21,7 +22,8 @@ from postroad.supervisor.state import StateRecord
 from postroad.supervisor.view import View
 
 INTERVAL_S = 0.5
-CURVE_ROWS, CURVE_COLUMNS = 10, 76
+CURVE_ROWS, CURVE_COLUMNS = 6, 72
+BLOCKS = " ▁▂▃▄▅▆▇█"
 COLOURS = {"ready": "green", "starting": "yellow", "waiting": "yellow", "backoff": "red", "stopped": "bright_black"}
 
 
@@ -49,7 +51,7 @@ class LiveView(View):
     async def run(self) -> None:
         with self._live:
             while True:
-                self._live.update(self._render(), refresh=True)
+                self._live.update(self.render(), refresh=True)
                 await asyncio.sleep(INTERVAL_S)
 
     def ended(self, state: StateRecord) -> None:
@@ -60,7 +62,7 @@ class LiveView(View):
         else:
             console.print(f"run {state.run} {state.state}: {state.reason}", highlight=False, markup=False)
 
-    def _render(self) -> RenderableType:
+    def render(self) -> RenderableType:
         state = self._state
         if state is None:
             return Text("")
@@ -69,7 +71,8 @@ class LiveView(View):
         if state.state == "running" or trained:
             parts.append(self._progress)
         if trained:
-            parts += [Text(_numbers(trained, state)), _curve(trained)]
+            rewards = [step.metrics.get("reward_mean", 0.0) for step in trained]
+            parts += [Text(_numbers(trained, state)), Text("\n".join(["reward", *curve(rewards)]), "cyan")]
         parts.append(_processes(state))
         return Panel(Group(*parts), title=f"postroad · {state.run}", title_align="left")
 
@@ -95,15 +98,20 @@ def _numbers(trained: Sequence[Step], state: StateRecord) -> str:
     return "   ".join(words)
 
 
-def _curve(trained: Sequence[Step]) -> RenderableType:
-    import plotext  # a tenth of a second, which no other command should wait for
-
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(CURVE_COLUMNS, CURVE_ROWS)
-    plotext.plot([step.number for step in trained], [step.metrics.get("reward_mean", 0.0) for step in trained])
-    plotext.title("reward")
-    return Text.from_ansi(plotext.build())
+def curve(values: Sequence[float], rows: int = CURVE_ROWS, columns: int = CURVE_COLUMNS) -> list[str]:
+    """A filled curve of block characters, `rows` high, with its bounds at the left. Many values share a column, which
+    shows their mean; few values get several columns each."""
+    width = max(columns // len(values), 1) if len(values) < columns else 1
+    shares = np.array_split(np.array(values), min(len(values), columns))
+    means = np.repeat([float(share.mean()) for share in shares], width)
+    low, high = float(means.min()), float(means.max())
+    levels = np.full(len(means), 4 * rows) if high == low else (means - low) / (high - low) * (8 * rows - 1) + 1
+    lines = []
+    for row in reversed(range(rows)):
+        bound = f"{high:7.3f}" if row == rows - 1 else f"{low:7.3f}" if row == 0 else " " * 7
+        cells = (int(min(max(level - 8 * row, 0), 8)) for level in levels)
+        lines.append(f"{bound} ┤" + "".join(BLOCKS[cell] for cell in cells))
+    return lines
 
 
 def _processes(state: StateRecord) -> Table:

@@ -13,6 +13,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisError, TimeoutError
 
+from postroad.cancellation import in_own_task
+
 RETRIES = 40  # with backoff up to 0.5 s: a restart of the server of up to about 20 s goes unnoticed
 OPERATION_S = 5.0
 
@@ -68,6 +70,16 @@ class Lease:
     token: int
 
 
+class _Client(redis.Redis):
+    """Operations that can be cancelled, and that fail as StoreError once their retries are used up."""
+
+    async def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await in_own_task(super().execute_command(*arguments, **options))  # type: ignore[no-untyped-call]
+        except (ConnectionError, TimeoutError, BusyLoadingError) as error:
+            raise StoreError(f"Redis does not answer: {error}") from error
+
+
 class Store:
     """Keys of one run. All methods retry over a restart of the server and raise StoreError after that."""
 
@@ -81,7 +93,7 @@ class Store:
 
     @classmethod
     async def connect(cls, url: str, run: str, *, deadline_s: float = 30.0) -> Store:
-        client = redis.Redis.from_url(
+        client = _Client.from_url(
             url, decode_responses=True, socket_timeout=OPERATION_S, socket_connect_timeout=2.0,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), RETRIES),
             retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
@@ -158,13 +170,13 @@ class Store:
         pipeline = self.client.pipeline(transaction=True)
         pipeline.set(self.key("member", kind, member), json.dumps(info), px=int(ttl_s * 1000))
         pipeline.zadd(self.key("members", kind), {member: time.time() + ttl_s})
-        await pipeline.execute()
+        await in_own_task(pipeline.execute())
 
     async def leave(self, kind: str, member: str) -> None:
         pipeline = self.client.pipeline(transaction=True)
         pipeline.delete(self.key("member", kind, member))
         pipeline.zrem(self.key("members", kind), member)
-        await pipeline.execute()
+        await in_own_task(pipeline.execute())
 
     async def members(self, kind: str) -> dict[str, dict[str, Any]]:
         """Those whose registration has not run out."""

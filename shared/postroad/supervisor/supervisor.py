@@ -18,7 +18,7 @@ from postroad.messages import Step
 from postroad.store import Store, StoreError
 from postroad.supervisor.child import Child, End
 from postroad.supervisor.folder import RunFolder, RunRecord
-from postroad.supervisor.members import of_process, read_members
+from postroad.supervisor.members import Member, of_process, read_members
 from postroad.supervisor.plan import (
     SERVERS,
     START_ORDER,
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SERVER_DEADLINE_S = 20.0
 READY_DEADLINE_S = 30.0
 STARTING_POLL_S = 0.3
-RUNNING_POLL_S = 3.0
+RUNNING_POLL_S = 2.5
 READ_S = 10.0
 RETRY_S = 1.0
 KIND_DRAIN_S = 2.0
@@ -199,11 +199,13 @@ class Supervisor:
                 port = child.service.port
                 if child.record.state == "starting" and port is not None and await listens(port):
                     child.ready(port, None)
+            members: list[Member] = []
             try:
-                members = await asyncio.wait_for(read_members(store), READ_S)
+                async with asyncio.timeout(READ_S):
+                    members = await read_members(store)
+                    await self._read_evaluations(store)
             except (TimeoutError, RedisError, StoreError) as error:
-                logger.info("the registries can't be read now: %r", error)
-                members = []
+                logger.info("the store can't be read now: %r", error)
             for child in self._children:
                 pid = child.record.pid
                 if pid is not None and (member := of_process(members, pid)) is not None:
@@ -230,14 +232,17 @@ class Supervisor:
         self._tell()
         self.options.view.step(step, self.state)
 
+    async def _read_evaluations(self, store: Store) -> None:
+        for evaluation in self.recipe.evaluation:
+            self.state.evaluations[evaluation.name] = await store.get(f"evaluation:{evaluation.name}") or {}
+
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────
     async def _finish(self, bus: Bus, store: Store) -> None:
         """Nothing may write any more while the books are closed, unless the mesh is to be kept."""
         if not self.options.keep:
             await self._stop(STOP_ORDER, DRAIN_S)
         async with asyncio.timeout(SUMMARY_DEADLINE_S):
-            for evaluation in self.recipe.evaluation:
-                self.state.evaluations[evaluation.name] = await store.get(f"evaluation:{evaluation.name}") or {}
+            await self._read_evaluations(store)
             self.state.audit = await read_audit(bus, staleness=self.recipe.trainer.staleness, finished=True)
             await self._read_steps(bus, follow=False)
         if self.options.keep:

@@ -133,7 +133,9 @@ async def _finished(http: HttpRequest, requests: list[Request], wake: asyncio.Ev
                 return
 
 
-async def _stream(engine: Engine, body: GenerateBody, requests: list[Request], wake: asyncio.Event) -> AsyncIterator[bytes]:
+async def _stream(
+    engine: Engine, body: GenerateBody, requests: list[Request], wake: asyncio.Event
+) -> AsyncIterator[bytes]:
     """SGLang's stream: each event holds the answer so far; of a batch, with its index."""
     sent, over = [-1] * len(requests), [False] * len(requests)
     try:
@@ -141,7 +143,8 @@ async def _stream(engine: Engine, body: GenerateBody, requests: list[Request], w
             wake.clear()
             for index, one in enumerate(requests):
                 finished = one.finish is not None
-                if over[index] or (not finished and len(one.output) == max(sent[index], 0)):
+                news = len(one.output) - max(sent[index], 0)
+                if over[index] or (not finished and news < one.params.stream_interval):
                     continue
                 answer = one.answer(engine.tokenizer)
                 sent[index], over[index] = len(answer["output_ids"]), answer["meta_info"]["finish_reason"] is not None

@@ -83,15 +83,21 @@ def _prompts(engine: Engine, body: GenerateBody) -> list[list[int]]:
     return [engine.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-def _request(engine: Engine, body: GenerateBody, prompt: list[int], own: dict[str, Any], rid: str, notify: Any) -> Request:
+def _request(
+    engine: Engine, body: GenerateBody, prompt: list[int], own: dict[str, Any], rid: str, notify: Any
+) -> Request:
     params = read_params(own)
     if not prompt:
         raise BadRequestError("input_ids is empty; a prompt needs at least one token")
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= engine.config.vocab_size:
-        raise BadRequestError(f"input_ids holds {low if low < 0 else high}; ids go from 0 to {engine.config.vocab_size - 1}")
+        raise BadRequestError(
+            f"input_ids holds {low if low < 0 else high}; ids go from 0 to {engine.config.vocab_size - 1}"
+        )
     if len(prompt) > engine.max_length - (1 if params.max_new_tokens else 0):
-        raise BadRequestError(f"input_ids has {len(prompt)} tokens; the engine's longest sequence has {engine.max_length}")
+        raise BadRequestError(
+            f"input_ids has {len(prompt)} tokens; the engine's longest sequence has {engine.max_length}"
+        )
     if params.stop and engine.tokenizer is None:
         raise BadRequestError("stop needs a tokenizer, and the model folder has no tokenizer.json: use stop_token_ids")
     if body.return_routed_experts and not engine.config.moe_layers:
@@ -117,4 +123,8 @@ def _explain(error: ValidationError, known: list[str]) -> str:
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place, known, n=1)
         return f"unknown parameter {place}" + (f": did you mean {near[0]!r}?" if near else "")
-    return f"{place}: {fault['msg'].removeprefix('Value error, ')}" if place else fault["msg"].removeprefix("Value error, ")
+    return (
+        f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+        if place
+        else fault["msg"].removeprefix("Value error, ")
+    )

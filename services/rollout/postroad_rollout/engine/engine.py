@@ -9,6 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -73,6 +74,10 @@ class Engine:
         self._stopping = True
         self._wake.set()
         self._thread.join(COMMAND_S)
+
+    def join(self) -> None:
+        """Wait until the model's thread has ended; `failure` says why."""
+        self._thread.join()
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
     def submit(self, request: Request) -> None:
@@ -224,6 +229,7 @@ class Engine:
 
 def _dtype(name: str) -> torch.dtype:
     if name == "auto":
-        flags = open("/proc/cpuinfo").read() if torch.cuda.is_available() is False else "avx512_bf16"
-        name = "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+        flags = Path("/proc/cpuinfo").read_text()
+        native = torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags
+        name = "bfloat16" if native else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -44,7 +44,13 @@ def plan(segments: list[Segment]) -> list[Run]:
     row = 0
     for s in segments:
         last = runs[-1] if runs else None
-        if last and s.count == 1 and last.rows == last.slots and last.start == s.start and last.slot + last.slots == s.slot:
+        if (
+            last
+            and s.count == 1
+            and last.rows == last.slots
+            and last.start == s.start
+            and last.slot + last.slots == s.slot
+        ):
             last.rows, last.slots = last.rows + 1, last.slots + 1
         else:
             runs.append(Run(row, s.count, s.slot, 1, s.start))

@@ -41,6 +41,7 @@ class SamplingParams(BaseModel):
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     spaces_between_special_tokens: bool = True
+    stream_interval: int = Field(default=1, ge=1, description="tokens between two events of a stream")
     n: int = Field(default=1, ge=1, le=1, description="send a batch of input_ids instead")
     frequency_penalty: float = Field(default=0.0, ge=0.0, le=0.0)
     presence_penalty: float = Field(default=0.0, ge=0.0, le=0.0)

@@ -158,7 +158,7 @@ class Scheduler:
         finish = request.check_finished(self.model.config.eos_token_ids, self.tokenizer, self.max_length)
         if finish is not None:
             self._finish(request, finish)
-        elif request.stream:
+        elif request.stream and len(request.output) % request.params.stream_interval == 0:
             request.notify()
 
     def _finish(self, request: Request, finish: Finish) -> None:
