@@ -50,9 +50,12 @@ class LiveView(View):
 
     async def run(self) -> None:
         with self._live:
-            while True:
+            try:
+                while True:
+                    self._live.update(self.render(), refresh=True)
+                    await asyncio.sleep(INTERVAL_S)
+            finally:
                 self._live.update(self.render(), refresh=True)
-                await asyncio.sleep(INTERVAL_S)
 
     def ended(self, state: StateRecord) -> None:
         console = self._console

@@ -109,7 +109,8 @@ class Supervisor:
             if not self.state.over:
                 self.state.move(*end)
             self._tell()
-        self.options.view.ended(self.state)
+        if not (self.options.keep and self.state.state == "finished"):  # said already
+            self.options.view.ended(self.state)
         return self.state.state
 
     def _signalled(self) -> None:
