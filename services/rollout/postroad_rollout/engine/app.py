@@ -1,4 +1,4 @@
-"""The HTTP interface: SGLang's endpoints over one Engine."""
+"""The engine over HTTP: SGLang's endpoints as far as the router, the worker and the weight plane need them."""
 
 from __future__ import annotations
 
@@ -6,246 +6,245 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from pydantic import BaseModel, Field
 
-from .errors import BadRequestError, EngineBusyError, EngineError
-from .loop import Engine
-from .metrics import exposition
-from .protocol import AbortBody, GenerateBody, PauseBody, UpdateFromDiskBody, VersionBody, check, make_requests
+from .body import GenerateBody, read_body, requests_of
+from .engine import Engine, PauseMode, UpdateMode
+from .errors import ActivationError, BadRequestError, EngineBusyError, EngineError, TensorError
 from .request import Request
 from .weights import read_folder
 
-MAX_BODY_BYTES = 64 << 20
-HEALTH_DEADLINE_S = 20.0
-OPEN_PATHS = ("/health", "/metrics")
-STATUS = {BadRequestError: 400, EngineBusyError: 503}
-routes = APIRouter()
+OPEN = ("/health", "/livez", "/readyz")
+PROBE_S = 20.0
 
 
-def create_app(engine: Engine) -> FastAPI:
-    """The application; the caller starts and closes the engine."""
-    app = FastAPI(title="postroad embedded engine", docs_url=None, redoc_url=None)
-    app.state.engine = engine
-    app.include_router(routes)
-    app.middleware("http")(guard)
-    app.add_exception_handler(EngineError, on_engine_error)
+class Abort(BaseModel):
+    rid: str = ""
+    abort_all: bool = False
+
+
+class Pause(BaseModel):
+    mode: PauseMode = "abort"
+
+
+class FromDisk(BaseModel):
+    model_path: str
+    weight_version: int | None = Field(None, ge=0)
+    weight_digest: str = ""
+    mode: UpdateMode = "continue"
+
+
+class NewVersion(BaseModel):
+    new_version: int = Field(ge=0)
+    abort_all_requests: bool = False
+
+
+class _Metrics:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> list[Metric]:
+        counters, load = self.engine.scheduler.counters, self.engine.load()
+        values = {name: getattr(counters, name) for name in (
+            "steps", "prompt_tokens", "cached_tokens", "prefill_tokens", "generated_tokens"
+        )}  # fmt: skip
+        metrics: list[Metric] = [
+            CounterMetricFamily(f"postroad_engine_{name}", name.replace("_", " "), value=value)
+            for name, value in values.items()
+        ]
+        metrics += [
+            GaugeMetricFamily(f"postroad_engine_{name}", f"requests or tokens {name}", value=value)
+            for name, value in {**load, "weight_version": self.engine.version}.items()
+        ]
+        return metrics
+
+
+def create_app(engine: Engine, ready: Callable[[], bool] = lambda: True) -> FastAPI:
+    """The application of a started engine. `ready` says whether /readyz and /health are good."""
+    app = FastAPI(title="postroad engine", docs_url=None, redoc_url=None)
+    _guard(app, engine.settings.secret)
+    _add_generation(app, engine)
+    _add_control(app, engine)
+    _add_information(app, engine, ready)
     return app
 
 
-async def guard(request: HttpRequest, call_next: Callable[[HttpRequest], Awaitable[Response]]) -> Response:
-    """Bearer secret, compared in constant time, and the size of the body."""
-    secret = request.app.state.engine.settings.secret
-    given = request.headers.get("authorization", "").encode()
-    if secret and request.url.path not in OPEN_PATHS and not hmac.compare_digest(given, f"Bearer {secret}".encode()):
-        return error(401, "The bearer secret is missing or wrong; send 'Authorization: Bearer SECRET'.")
-    if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
-        return error(413, f"The body is larger than {MAX_BODY_BYTES} bytes; send fewer prompts at once.")
-    return await call_next(request)
+def _guard(app: FastAPI, secret: str | None) -> None:
+    @app.middleware("http")
+    async def check(request: HttpRequest, call_next: Callable[[HttpRequest], Awaitable[Response]]) -> Response:
+        if secret and request.url.path not in OPEN:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), secret.encode()):
+                return _error(401, "this engine needs the mesh's bearer key")
+        return await call_next(request)
+
+    @app.exception_handler(EngineError)
+    async def explain(_: HttpRequest, error: Exception) -> Response:
+        if isinstance(error, EngineBusyError):
+            return _error(503, str(error), {"Retry-After": "1"})
+        return _error(409 if isinstance(error, ActivationError) else 400, str(error))
 
 
-async def on_engine_error(_: HttpRequest, exc: Exception) -> Response:
-    return error(STATUS.get(type(exc), 400), str(exc))  # type: ignore[call-overload]
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": status}}, status, headers)
 
 
-def error(status: int, message: str) -> Response:
-    headers = {"Retry-After": "1"} if status == 503 else {}
-    return JSONResponse({"error": {"message": message}}, status, headers)
+def _add_generation(app: FastAPI, engine: Engine) -> None:
+    @app.post("/generate")
+    async def generate(request: HttpRequest) -> Response:
+        try:
+            raw = json.loads(await request.body())
+        except ValueError as error:
+            raise BadRequestError(f"the body is not JSON: {error}") from error
+        body, wake = read_body(raw), asyncio.Event()
+        requests = requests_of(engine, body, wake)
+        for one in requests:
+            engine.submit(one)
+        if body.stream:
+            return StreamingResponse(_stream(engine, body, requests, wake), media_type="text/event-stream")
+        try:
+            await _finished(request, requests, wake)
+        finally:
+            await _abort_unfinished(engine, requests)
+        answers = [one.answer(engine.tokenizer) for one in requests]
+        return JSONResponse(answers if body.batched else answers[0])
+
+    @app.post("/abort_request")
+    async def abort(body: Abort) -> dict[str, int]:
+        return {"aborted": await asyncio.to_thread(engine.abort, None if body.abort_all else body.rid)}
 
 
-def engine_of(request: HttpRequest) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
+async def _finished(http: HttpRequest, requests: list[Request], wake: asyncio.Event) -> None:
+    """Until all are finished, or the client is gone."""
+    while any(one.finish is None for one in requests):
+        wake.clear()
+        try:
+            await asyncio.wait_for(wake.wait(), 1.0)
+        except TimeoutError:
+            if await http.is_disconnected():
+                return
 
 
-async def body_of(request: HttpRequest) -> Any:
-    raw = await request.body()
+async def _stream(
+    engine: Engine, body: GenerateBody, requests: list[Request], wake: asyncio.Event
+) -> AsyncIterator[bytes]:
+    """SGLang's stream: each event holds the answer so far; of a batch, with its index."""
+    sent, over = [-1] * len(requests), [False] * len(requests)
     try:
-        return json.loads(raw or b"{}")
-    except ValueError as bad:
-        raise BadRequestError(f"The body is not JSON ({bad}); send a JSON object.") from None
-
-
-def notifier() -> tuple[asyncio.Event, Callable[[], None]]:
-    """An event, and the function with which the model loop sets it."""
-    event, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def notify() -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(event.set)
-
-    return event, notify
-
-
-async def finished(requests: list[Request], event: asyncio.Event) -> None:
-    """Wait until all have ended; bounded by the engine, which ends every request at close or failure."""
-    while any(r.finish is None for r in requests):
-        event.clear()
-        if all(r.finish is not None for r in requests):
-            return
-        await event.wait()
-
-
-async def disconnected(request: HttpRequest) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def abort_unfinished(engine: Engine, requests: list[Request]) -> None:
-    for request in requests:
-        if request.finish is None:
-            engine.abort(request.rid)
-
-
-@routes.post("/generate")
-async def generate(request: HttpRequest) -> Response:
-    engine, body = engine_of(request), check(GenerateBody, await body_of(request))
-    event, notify = notifier()
-    requests, batched = make_requests(body, engine, notify)
-    engine.submit(requests)
-    if body.stream:
-        return StreamingResponse(stream(engine, requests, batched, event), media_type="text/event-stream")
-    waits = [asyncio.create_task(finished(requests, event)), asyncio.create_task(disconnected(request))]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
-        abort_unfinished(engine, requests)
-    answers = [r.answer(engine.tokenizer) for r in requests]
-    return JSONResponse(answers if batched else answers[0])
-
-
-async def stream(engine: Engine, requests: list[Request], batched: bool, event: asyncio.Event) -> AsyncIterator[str]:
-    """Server-sent events; each carries all of the output so far, so a slow reader skips some and loses nothing."""
-    sent = [-1] * len(requests)
-    ended: set[int] = set()
-    try:
-        while len(ended) < len(requests):
-            await event.wait()
-            event.clear()
-            for i, request in enumerate(requests):
-                answer = request.answer(engine.tokenizer)
-                final = answer["meta_info"]["finish_reason"] is not None
-                if i in ended or (len(answer["output_ids"]) == sent[i] and not final):
+        while not all(over):
+            wake.clear()
+            for index, one in enumerate(requests):
+                finished = one.finish is not None
+                news = len(one.output) - max(sent[index], 0)
+                if over[index] or (not finished and news < one.params.stream_interval):
                     continue
-                sent[i] = len(answer["output_ids"])
-                if final:
-                    ended.add(i)
-                yield f"data: {json.dumps(answer | {'index': i} if batched else answer)}\n\n"
-        yield "data: [DONE]\n\n"
+                answer = one.answer(engine.tokenizer)
+                sent[index], over[index] = len(answer["output_ids"]), answer["meta_info"]["finish_reason"] is not None
+                yield b"data: " + json.dumps({**answer, "index": index} if body.batched else answer).encode() + b"\n\n"
+            if not all(over):
+                await wake.wait()
+        yield b"data: [DONE]\n\n"
     finally:
-        abort_unfinished(engine, requests)
+        await _abort_unfinished(engine, requests)
 
 
-@routes.post("/abort_request")
-async def abort_request(request: HttpRequest) -> Response:
-    body = check(AbortBody, await body_of(request))
-    if not body.rid and not body.abort_all:
-        raise BadRequestError("rid is empty; name a request or set abort_all.")
-    engine_of(request).abort(None if body.abort_all else body.rid)
-    return Response()
+async def _abort_unfinished(engine: Engine, requests: list[Request]) -> None:
+    for one in requests:
+        if one.finish is None and engine.failure is None:
+            await asyncio.shield(asyncio.to_thread(engine.abort, one.rid, "the client is gone"))
 
 
-@routes.post("/pause_generation")
-async def pause_generation(request: HttpRequest) -> Any:
-    body = check(PauseBody, await body_of(request))
-    await asyncio.to_thread(engine_of(request).pause, body.mode)
-    return {"message": "Generation paused successfully.", "status": "ok"}
+def _add_control(app: FastAPI, engine: Engine) -> None:
+    done = {"success": True}
+
+    @app.post("/pause_generation")
+    async def pause(body: Pause) -> dict[str, Any]:
+        await asyncio.to_thread(engine.pause, body.mode)
+        return done
+
+    @app.post("/continue_generation")
+    async def resume() -> dict[str, Any]:
+        await asyncio.to_thread(engine.resume)
+        return done
+
+    @app.post("/flush_cache")
+    async def flush() -> dict[str, Any]:
+        await asyncio.to_thread(engine.flush_cache)
+        return done
+
+    @app.post("/update_weights_from_disk")
+    async def update(body: FromDisk) -> dict[str, Any]:
+        version = engine.version + 1 if body.weight_version is None else body.weight_version
+
+        def load() -> float:
+            engine.stage(read_folder(Path(body.model_path)))
+            return engine.activate(version, body.weight_digest, body.mode)
+
+        try:
+            return {**done, "message": "activated", "pause_ms": await asyncio.to_thread(load)}
+        except (OSError, TensorError) as error:
+            raise BadRequestError(f"model_path {body.model_path}: {error}") from error
+
+    @app.post("/update_weight_version")
+    async def rename(body: NewVersion) -> dict[str, Any]:
+        if body.abort_all_requests:
+            await asyncio.to_thread(engine.abort, None)
+        await asyncio.to_thread(engine.rename, body.new_version)
+        return {**done, "new_version": body.new_version}
 
 
-@routes.post("/continue_generation")
-async def continue_generation(request: HttpRequest) -> Any:
-    await asyncio.to_thread(engine_of(request).resume)
-    return {"message": "Generation continued successfully.", "status": "ok"}
+def _add_information(app: FastAPI, engine: Engine, ready: Callable[[], bool]) -> None:
+    registry = CollectorRegistry()
+    registry.register(_Metrics(engine))  # type: ignore[arg-type]
 
+    @app.get("/livez")
+    async def livez() -> Response:
+        return Response(status_code=200 if engine.failure is None else 503)
 
-@routes.api_route("/flush_cache", methods=["GET", "POST"])
-async def flush_cache(request: HttpRequest) -> Response:
-    if await asyncio.to_thread(engine_of(request).flush):
-        return Response("Cache flushed.")
-    return error(400, "Requests are running or waiting; abort them or wait before flushing the cache.")
+    @app.get("/readyz")
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200 if engine.failure is None and ready() else 503)
 
+    @app.get("/health_generate")
+    async def health_generate() -> Response:
+        wake = asyncio.Event()
+        body = GenerateBody(input_ids=[0], sampling_params={"max_new_tokens": 1, "temperature": 0})
+        (one,) = requests_of(engine, body, wake)
+        engine.submit(one)
+        try:
+            await asyncio.wait_for(wake.wait(), PROBE_S)
+        except TimeoutError:
+            return Response(status_code=503)
+        finally:
+            await _abort_unfinished(engine, [one])
+        return Response(status_code=200)
 
-@routes.get("/health")
-async def health(request: HttpRequest) -> Response:
-    return Response(status_code=200 if engine_of(request).status.healthy else 503)
+    @app.get("/model_info")
+    async def model_info() -> dict[str, Any]:
+        config = engine.config
+        kind: Literal["float32", "bfloat16"] = "float32" if "float32" in str(engine.dtype) else "bfloat16"
+        return {
+            "model_path": str(engine.settings.model_path), "architecture": config.architecture, "dtype": kind,
+            "weight_version": str(engine.version), "weight_digest": engine.digest, "max_length": engine.max_length,
+            "vocab_size": config.vocab_size, "moe_layers": list(config.moe_layers), "experts": config.experts,
+            "experts_per_token": config.top_k, "is_generation": True,
+        }  # fmt: skip
 
+    @app.get("/server_info")
+    async def server_info() -> dict[str, Any]:
+        settings = engine.settings
+        return {**engine.load(), "slots": settings.slots, "max_waiting": settings.max_waiting,
+                "weight_version": str(engine.version)}  # fmt: skip
 
-@routes.get("/health_generate")
-async def health_generate(request: HttpRequest) -> Response:
-    """200 if the model makes a token within the deadline (a paused engine does not)."""
-    engine = engine_of(request)
-    event, notify = notifier()
-    body = GenerateBody(input_ids=[0], sampling_params={"max_new_tokens": 1, "temperature": 0})
-    requests, _ = make_requests(body, engine, notify)
-    engine.submit(requests)
-    try:
-        await asyncio.wait_for(finished(requests, event), HEALTH_DEADLINE_S)
-    except TimeoutError:
-        return error(503, f"The model made no token within {HEALTH_DEADLINE_S} s.")
-    finally:
-        abort_unfinished(engine, requests)
-    return Response(status_code=200 if requests[0].output else 503)
-
-
-@routes.get("/model_info")
-async def model_info(request: HttpRequest) -> Any:
-    engine = engine_of(request)
-    config, status = engine.config, engine.status
-    return {
-        "model_path": str(engine.settings.model_path),
-        "is_generation": True,
-        "weight_version": str(status.version),
-        "weight_digest": status.digest,
-        "architecture": config.architecture,
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "vocab_size": config.vocab_size,
-        "max_length": engine.max_length,
-        "has_tokenizer": engine.tokenizer is not None,
-        "eos_token_ids": sorted(config.eos_token_ids),
-        "moe_layers": len(config.moe_layers),
-        "moe_layer_ids": list(config.moe_layers),
-        "num_experts": config.experts,
-        "num_experts_per_tok": config.top_k,
-    }
-
-
-@routes.get("/server_info")
-async def server_info(request: HttpRequest) -> Any:
-    engine = engine_of(request)
-    return {
-        "engine": "postroad-embedded",
-        **engine.settings.model_dump(mode="json", exclude={"secret"}),
-        "load": asdict(engine.status),
-        "counters": asdict(engine.counters),
-    }
-
-
-@routes.post("/update_weights_from_disk")
-async def update_weights_from_disk(request: HttpRequest) -> Any:
-    """Stage the safetensors of a folder and switch to them."""
-    engine, body = engine_of(request), check(UpdateFromDiskBody, await body_of(request))
-    await asyncio.to_thread(engine.stage, read_folder(Path(body.model_path)))
-    pause_ms = await asyncio.to_thread(engine.activate, body.weight_version, body.weight_digest, body.mode)
-    return {"success": True, "message": f"Serving version {body.weight_version}.", "pause_ms": pause_ms}
-
-
-@routes.post("/update_weight_version")
-async def update_weight_version(request: HttpRequest) -> Any:
-    """Rename the served weights (SGLang's verb); their digest stays."""
-    engine, body = engine_of(request), check(VersionBody, await body_of(request))
-    if body.abort_all_requests:
-        engine.abort(None)
-    await asyncio.to_thread(engine.relabel, body.new_version)
-    return {"success": True, "message": "Weight version updated.", "new_version": str(body.new_version)}
-
-
-@routes.get("/metrics")
-async def metrics(request: HttpRequest) -> Response:
-    return Response(exposition(engine_of(request)), media_type="text/plain; version=0.0.4")
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,71 +1,61 @@
-"""Run one engine as a server: `serve(settings)`, or `python -m postroad_rollout.engine.server --model DIR`."""
+"""Serving an engine: as a library function, and alone: `python -m postroad_rollout.engine.server --model DIR --port P`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from types import FrameType
+import asyncio
+import logging
+import socket
+from pathlib import Path
 
 import uvicorn
-from pydantic import ValidationError
+from fastapi import FastAPI
 
 from .app import create_app
-from .errors import EngineError
-from .loop import Engine
+from .engine import Engine
 from .settings import EngineSettings
 
-GRACE_S = 1
+SHUTDOWN_S = 1
 
 
-class EngineServer(uvicorn.Server):
-    """uvicorn that ends the engine's requests as soon as it is told to stop, so that it stops within two seconds."""
+class Server(uvicorn.Server):
+    """uvicorn on a socket that is bound before the start, so that port 0 has a number to tell."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
-        super().__init__(config)
-        self.engine = engine
+    def __init__(self, app: FastAPI, settings: EngineSettings) -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S))
+        self.socket = socket.create_server((settings.host, settings.port))
+        self.port = int(self.socket.getsockname()[1])
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.engine.close(deadline_s=0)
-        super().handle_exit(sig, frame)
+    async def serve_socket(self) -> None:
+        """Until SIGTERM or SIGINT, or until `should_exit` is set."""
+        await self.serve(sockets=[self.socket])
 
 
-def serve(settings: EngineSettings) -> int:
-    """Load the model and serve until SIGTERM or SIGINT -> exit status, 1 if the model loop failed."""
-    engine = Engine(settings)
-    config = uvicorn.Config(
-        create_app(engine),
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE_S,
-        lifespan="off",
-    )
-    server = EngineServer(config, engine)
-    failures: list[str] = []
-
-    def on_failure() -> None:
-        failures.append("the model loop failed")
-        server.should_exit = True
-
-    engine.on_failure = on_failure
+async def serve(settings: EngineSettings) -> None:
+    """Serve until SIGTERM. Raises EngineError for a model that can't be served, OSError for a port that is taken."""
+    engine = await asyncio.to_thread(Engine, settings)
     engine.start()
-    server.run()
-    engine.close(deadline_s=0.5)
-    return 1 if failures or not server.started else 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Serve a model folder over SGLang's HTTP interface.")
-    parser.add_argument("--model", dest="model_path", required=True, metavar="DIR")
-    for name, field in EngineSettings.model_fields.items():
-        if name != "model_path":
-            parser.add_argument(f"--{name.replace('_', '-')}", help=field.description, default=argparse.SUPPRESS)
     try:
-        return serve(EngineSettings.model_validate(vars(parser.parse_args())))
-    except (EngineError, ValidationError) as error:
-        print(f"engine: {error}", file=sys.stderr)
-        return 2
+        server = Server(create_app(engine), settings)
+        print(f"engine: http://{settings.host}:{server.port}", flush=True)
+        await server.serve_socket()
+    finally:
+        await asyncio.to_thread(engine.close)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve a model with the embedded engine.")
+    parser.add_argument("--model", type=Path, required=True, help="folder in Hugging Face layout")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--slots", type=int, default=64, help="sequences decoded at the same time")
+    parser.add_argument("--max-length", type=int, default=None, help="longest sequence in tokens")
+    arguments = vars(parser.parse_args())
+    logging.basicConfig(level=logging.INFO)
+    asyncio.run(serve(EngineSettings(model_path=arguments.pop("model"), **arguments)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
