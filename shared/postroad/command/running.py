@@ -38,8 +38,8 @@ def up(
     launch = Launch(folder, wanted, keep)
     launch.check()
     with held(folder, "supervisor"):
-        launch.prepare()
         _make_model(launch)
+        launch.prepare()
         if detach_:
             state, reason = detach(launch)
             if state == "failed":
