@@ -1,22 +1,22 @@
 """Which log-probabilities enter where.
 
-role        whose weights scored the sampled tokens          enters
-current     the live weights, with a gradient                every loss
-engine      the inference engine's, while it sampled         corrections (TIS, MIS, IcePop, decoupled PPO); anchor of "bypass"
-old         the trainer's, before the first step on the batch  anchor of the ratio; KL in the reward; distillation
-proximal    the trainer's, at the start of this step (or an average of weights)  anchor of decoupled PPO
-reference   the frozen reference model                        KL in the loss or in the reward; DPO
-teacher     the model to learn from                           on-policy distillation
+role       whose weights scored the sampled tokens            enters
+current    the live weights, the only one with a gradient     every loss
+engine     the inference engine's, while it sampled           corrections (TIS, MIS, IcePop, decoupled); anchor of bypass
+old        the trainer's, before the first step on the batch  anchor; KL in the reward; student of distillation
+proximal   the trainer's, at the start of this step           anchor of decoupled PPO
+reference  the frozen reference model                         KL in the loss or in the reward; DPO
+teacher    the model to learn from                            on-policy distillation
 
 The anchor is the denominator of the policy ratio exp(current - anchor). Anchor "current" is current without its
-gradient: the ratio is exactly 1, which is right when a batch gets one step. With keep-old-weights, `old` is scored by the
-weights that the engine sampled with and differs from it only in numerics; otherwise it also contains staleness.
+gradient: the ratio is exactly 1, which is right when a batch gets one step. Where `old` is scored by the weights that the
+engine sampled with it differs from `engine` only in numerics; otherwise the difference also contains staleness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
@@ -25,9 +25,9 @@ import torch
 from postroad_trainer.algorithms.errors import AlgorithmError, MissingScoreError, NotFiniteError
 
 Role = Literal["current", "engine", "old", "proximal", "reference", "teacher"]
-STORED: tuple[Role, ...] = ("engine", "old", "proximal", "reference", "teacher")
-PRODUCERS: Mapping[str, str] = {
-    "engine": "the rollout must record them while sampling",
+REMEDIES: Mapping[Role, str] = {
+    "current": "run the training forward and add them by with_current",
+    "engine": "record them while sampling",
     "old": "run the old-log-probability pass before the first step, or choose the anchor 'engine' or 'current'",
     "proximal": "run the log-probability pass at the start of the step, or choose the anchor 'old'",
     "reference": "run the reference pass, or set the KL coefficients to 0",
@@ -37,55 +37,49 @@ PRODUCERS: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class LogProbabilities:
-    """Log-probabilities of N sampled tokens under several weights.
+    """Log-probabilities of the same N sampled tokens by role, [N] each. Only current may carry a gradient."""
 
-    current_N: floating [N], differentiable while training. stored: role -> [N], all without a gradient.
-    Finiteness is checked by `checked`, once when the scores arrive: it reads the device.
-    """
-
-    current_N: torch.Tensor
-    stored: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scores: Mapping[Role, torch.Tensor]
 
     def __post_init__(self) -> None:
-        for role, scores_N in self.stored.items():
-            if role not in STORED:
-                raise AlgorithmError(
-                    f"{role!r} is no role of stored log-probabilities; one of {', '.join(STORED)} expected"
-                )
-            if scores_N.shape != self.current_N.shape:
-                raise AlgorithmError(
-                    f"{role} log-probabilities have shape {tuple(scores_N.shape)}, current ones "
-                    f"{tuple(self.current_N.shape)}; they must score the same tokens"
-                )
-            if scores_N.requires_grad:
+        shapes = {role: tuple(score_N.shape) for role, score_N in self.scores.items()}
+        if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+            raise AlgorithmError(f"log-probabilities have shapes {shapes}; all must score the same [N] tokens")
+        for role, score_N in self.scores.items():
+            if role not in REMEDIES:
+                raise AlgorithmError(f"{role!r} scores no tokens; one of {', '.join(REMEDIES)} expected")
+            if role != "current" and score_N.requires_grad:
                 raise AlgorithmError(f"{role} log-probabilities carry a gradient; detach them before they are stored")
-        object.__setattr__(self, "stored", MappingProxyType(dict(self.stored)))
+        object.__setattr__(self, "scores", MappingProxyType(dict(self.scores)))
 
     def of(self, role: Role) -> torch.Tensor:
-        """[N] scores of a role without a gradient; raises MissingScoreError with what would produce them."""
-        if role == "current":
-            return self.current_N.detach()
-        if role not in self.stored:
-            raise MissingScoreError(f"the {role} log-probabilities are needed, but weren't computed: {PRODUCERS[role]}")
-        return self.stored[role]
+        """[N], current with its gradient. Raises MissingScoreError with what would produce them."""
+        if role not in self.scores:
+            raise MissingScoreError(f"{role} log-probabilities are needed but were not computed: {REMEDIES[role]}")
+        return self.scores[role]
+
+    def anchor(self, role: Role) -> torch.Tensor:
+        """[N] without a gradient."""
+        return self.of(role).detach()
+
+    def with_current(self, current_N: torch.Tensor) -> LogProbabilities:
+        return LogProbabilities({**self.scores, "current": current_N})
 
     def masked(self, mask_N: torch.Tensor) -> LogProbabilities:
         """The same with 0 where mask_N is False, so that nothing there reaches a result or a gradient."""
-        return LogProbabilities(
-            torch.where(mask_N, self.current_N, 0.0),
-            {role: torch.where(mask_N, scores_N, 0.0) for role, scores_N in self.stored.items()},
-        )
+        return LogProbabilities({role: torch.where(mask_N, score_N, 0.0) for role, score_N in self.scores.items()})
 
     def checked(self, mask_N: torch.Tensor) -> LogProbabilities:
-        """Itself; raises NotFiniteError when a stored score of a trained token is NaN or infinite.
+        """Itself; raises NotFiniteError when a stored score of a trained token is NaN or infinite. Reads the device:
+        call it once when the scores arrive.
 
         current is left out: what is not finite there makes the gradient so, and the step is skipped and counted.
         """
-        for role, scores_N in self.stored.items():
-            wrong = int((~torch.isfinite(scores_N) & mask_N).sum())
+        for role, score_N in self.scores.items():
+            wrong = 0 if role == "current" else int((~torch.isfinite(score_N) & mask_N).sum())
             if wrong:
                 raise NotFiniteError(
-                    f"{wrong} of {int(mask_N.sum())} {role} log-probabilities are not finite; {PRODUCERS[role]} again, "
-                    "or mask these tokens"
+                    f"{wrong} of {int(mask_N.sum())} {role} log-probabilities are not finite; find the sample in what "
+                    "produced them, or mask these tokens"
                 )
         return self
