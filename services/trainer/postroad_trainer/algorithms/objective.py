@@ -1,0 +1,90 @@
+"""A step put together from the parts of an algorithm (see registry)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from postroad_trainer.algorithms.corrections import off_policy_sequence_mask
+from postroad_trainer.algorithms.distillation import distilled_advantages, reverse_kl_of_samples
+from postroad_trainer.algorithms.divergences import kl_estimate
+from postroad_trainer.algorithms.errors import MissingScoreError
+from postroad_trainer.algorithms.log_probabilities import LogProbabilities
+from postroad_trainer.algorithms.ratios import bounded_ratio
+from postroad_trainer.algorithms.reducers import reduced, reduction_weights
+from postroad_trainer.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, Algorithm
+from postroad_trainer.algorithms.rewarded import Rewarded
+from postroad_trainer.algorithms.segments import Reduce, Segments, alone
+from postroad_trainer.algorithms.whitening import whiten
+
+
+class PolicyObjective(NamedTuple):
+    """loss: differentiable scalar, the sum of all micro-batches and ranks is the step's loss.
+
+    sums: name -> scalar sum over this part's trained tokens, detached; divide by the step's `trained`.
+    """
+
+    loss: torch.Tensor
+    sums: dict[str, torch.Tensor]
+
+
+def advantages_of_step(algorithm: Algorithm, rewarded: Rewarded, reduce: Reduce = alone) -> torch.Tensor:
+    """float32 [N], 0 at masked tokens: estimator, then distillation, then whitening over the ranks of reduce."""
+    settings, segments, scores = algorithm.settings, rewarded.segments, rewarded.scores
+    advantage_N = ADVANTAGES[algorithm.advantage](rewarded, algorithm.anchor, settings)
+    if settings.distillation_coefficient or settings.reward_weight != 1:
+        reverse_kl_N = torch.zeros_like(advantage_N)
+        if settings.distillation_coefficient:
+            reverse_kl_N = reverse_kl_of_samples(scores.anchor(algorithm.anchor), scores.of("teacher"))
+        coefficient = settings.distillation_coefficient
+        advantage_N = distilled_advantages(advantage_N, reverse_kl_N, segments, coefficient, settings.reward_weight)
+    if settings.whiten:
+        advantage_N = whiten(advantage_N, segments.mask_N, reduce)
+    return segments.masked(advantage_N).float()
+
+
+def weights_of_step(algorithm: Algorithm, trained_S: torch.Tensor, execution_S: torch.Tensor) -> torch.Tensor:
+    """float64 [S]: the reducer's weights; trained_S and execution_S describe the whole step."""
+    return reduction_weights(trained_S, execution_S, algorithm.reducer, algorithm.settings.constant_length)
+
+
+def policy_objective(
+    algorithm: Algorithm,
+    scores: LogProbabilities,
+    advantage_N: torch.Tensor,
+    segments: Segments,
+    weight_S: torch.Tensor,
+    entropy_N: torch.Tensor | None = None,
+) -> PolicyObjective:
+    """The policy loss of a micro-batch: N tokens of S samples, of which weight_S are the step's reducer weights.
+
+    loss = sum of w (kept x correction x policy loss - entropy_coefficient H + kl_loss_coefficient KL(current, reference)).
+    Masked tokens reach neither loss nor gradient nor sums, whatever they hold. A sample must be whole within `segments` and
+    the ranks of segments.reduce. entropy_N is needed where its coefficient isn't 0, and may be detached otherwise.
+    """
+    settings, mask_N = algorithm.settings, segments.mask_N
+    scores, advantage_N = scores.masked(mask_N), segments.masked(advantage_N)
+    current_N, anchor_N = scores.of("current"), scores.anchor(algorithm.anchor)
+    policy = LOSSES[algorithm.loss](scores, anchor_N, advantage_N, segments, settings)
+    correction = CORRECTIONS[algorithm.correction](anchor_N, scores, segments, settings)
+    kept_N = correction.kept_N
+    if settings.off_policy_delta is not None:
+        delta = settings.off_policy_delta
+        kept_N = kept_N & off_policy_sequence_mask(current_N, anchor_N, advantage_N, segments, delta)
+    loss_N = torch.where(kept_N, correction.weight_N * policy.loss_N, 0.0)
+    terms = {"policy_loss": loss_N, "clipped": policy.clipped_N.float(), "rejected": (~kept_N).float()}
+    terms |= {"ratio": bounded_ratio(current_N - anchor_N), "kl_anchor": anchor_N - current_N}
+    terms |= {f"correction_{name}": value_N for name, value_N in correction.metrics.items()}
+    if entropy_N is not None:
+        terms["entropy"] = entropy_N
+        if settings.entropy_coefficient:
+            loss_N = loss_N - settings.entropy_coefficient * segments.masked(entropy_N)
+    elif settings.entropy_coefficient:
+        raise MissingScoreError(f"entropy_coefficient is {settings.entropy_coefficient}, but no entropy was computed")
+    if settings.kl_loss_coefficient:
+        log_ratio_N = current_N - anchor_N if settings.unbiased_kl else None
+        terms["kl_reference"] = kl_estimate(current_N, scores.of("reference"), settings.kl_kind, log_ratio_N)
+        loss_N = loss_N + settings.kl_loss_coefficient * terms["kl_reference"]
+    sums = {name: segments.masked(value_N.detach()).sum().double() for name, value_N in terms.items()}
+    return PolicyObjective(reduced(loss_N, weight_S, segments), sums | {"trained": mask_N.sum().double()})

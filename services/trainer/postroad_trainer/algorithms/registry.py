@@ -1,0 +1,216 @@
+"""The algorithms by name: what a step is made of.
+
+A step runs these in order; each part is a function that can be replaced by another of its signature:
+
+1. advantage   Rewarded (the whole step) -> [N]      advantages_of_step, which then mixes distillation in and whitens
+2. reducer     token counts of the whole step -> [S] weights_of_step
+3. loss        scores, advantages -> [N] per token   policy_objective, for every micro-batch:
+4. correction  scores -> weight, kept [N]            sum of reducer weight x kept x correction weight x loss
+                                                     - entropy + KL to the reference
+
+name                         advantage                    loss             correction  reducer   anchor
+grpo                         group                        clip             none        sample    old
+dr_grpo                      group_mean                   clip             none        constant  old
+dapo                         group                        clip (higher)    none        token     old
+gspo                         group                        sequence_clip    none        sample    old
+cispo                        group                        clipped_weight   none        token     old
+rloo                         leave_one_out                clip             none        sample    old
+reinforce_plus_plus          reinforce_plus_plus, white   clip             none        sample    old
+reinforce_plus_plus_baseline baseline, white              clip             none        sample    old
+ppo                          gae (with critic.value_loss) clip             none        sample    old
+decoupled_ppo                group                        clip             decoupled   sample    proximal
+
+anchor: the denominator of the ratio (see log_probabilities). Corrections are orthogonal: none, tis, icepop, importance
+(masked importance sampling, rejection, veto) and decoupled compare the anchor with the engine, and go with any line by
+dataclasses.replace(ALGORITHMS["grpo"], correction="tis"). Bypass is anchor "engine", where corrections have nothing to
+correct. Supervised fine-tuning, preferences and the critic have losses of their own (supervised, critic) and use 2 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+from postroad_trainer.algorithms.corrections import decoupled_weights, icepop_weights, truncated_importance_weights
+from postroad_trainer.algorithms.critic import generalised_advantages, token_rewards
+from postroad_trainer.algorithms.errors import AlgorithmError
+from postroad_trainer.algorithms.groups import group_advantages, leave_one_out_advantages
+from postroad_trainer.algorithms.log_probabilities import LogProbabilities, Role
+from postroad_trainer.algorithms.losses import (
+    ClippedLoss,
+    clipped_policy_loss,
+    clipped_weight_loss,
+    sequence_policy_loss,
+)
+from postroad_trainer.algorithms.rejection import Correction, importance_correction
+from postroad_trainer.algorithms.returns import reinforce_baseline_advantages, reinforce_plus_plus_returns
+from postroad_trainer.algorithms.rewarded import Rewarded
+from postroad_trainer.algorithms.segments import Segments
+from postroad_trainer.algorithms.settings import AlgorithmSettings
+from postroad_trainer.batch import Reducer
+
+AdvantageFunction = Callable[[Rewarded, Role, AlgorithmSettings], torch.Tensor]
+LossFunction = Callable[[LogProbabilities, torch.Tensor, torch.Tensor, Segments, AlgorithmSettings], ClippedLoss]
+CorrectionFunction = Callable[[torch.Tensor, LogProbabilities, Segments, AlgorithmSettings], Correction]
+
+
+def _group(rewarded: Rewarded, _: Role, settings: AlgorithmSettings) -> torch.Tensor:
+    return rewarded.segments.spread(group_advantages(rewarded.rewards()))
+
+
+def _group_mean(rewarded: Rewarded, _: Role, settings: AlgorithmSettings) -> torch.Tensor:
+    return rewarded.segments.spread(group_advantages(rewarded.rewards(), normalise_std=False))
+
+
+def _leave_one_out(rewarded: Rewarded, _: Role, settings: AlgorithmSettings) -> torch.Tensor:
+    return rewarded.segments.spread(leave_one_out_advantages(rewarded.rewards()))
+
+
+def _reinforce_plus_plus(rewarded: Rewarded, anchor: Role, settings: AlgorithmSettings) -> torch.Tensor:
+    coefficient = settings.kl_reward_coefficient
+    kl_N = rewarded.divergence(anchor, settings)
+    return reinforce_plus_plus_returns(rewarded.reward_S, kl_N, rewarded.segments, coefficient, settings.discount)
+
+
+def _baseline(rewarded: Rewarded, anchor: Role, settings: AlgorithmSettings) -> torch.Tensor:
+    centred_S = group_advantages(rewarded.rewards(), normalise_std=False)
+    kl_N = rewarded.divergence(anchor, settings)
+    return reinforce_baseline_advantages(centred_S, kl_N, rewarded.segments, settings.kl_reward_coefficient)
+
+
+def _gae(rewarded: Rewarded, anchor: Role, settings: AlgorithmSettings) -> torch.Tensor:
+    kl_N = rewarded.divergence(anchor, settings)
+    reward_N = token_rewards(rewarded.reward_S, kl_N, rewarded.segments, settings.kl_reward_coefficient)
+    values_N = rewarded.values()
+    return generalised_advantages(
+        reward_N, values_N, rewarded.segments, settings.discount, settings.gae_lambda
+    ).advantage_N
+
+
+def _clip(
+    scores: LogProbabilities, anchor_N: torch.Tensor, advantage_N: torch.Tensor, _: Segments, by: AlgorithmSettings
+) -> ClippedLoss:
+    current_N = scores.of("current")
+    return clipped_policy_loss(current_N, anchor_N, advantage_N, by.clip_low, by.clip_high, by.dual_clip)
+
+
+def _sequence_clip(
+    scores: LogProbabilities,
+    anchor_N: torch.Tensor,
+    advantage_N: torch.Tensor,
+    segments: Segments,
+    by: AlgorithmSettings,
+) -> ClippedLoss:
+    current_N = scores.of("current")
+    return sequence_policy_loss(current_N, anchor_N, advantage_N, segments, by.clip_low, by.clip_high)
+
+
+def _clipped_weight(
+    scores: LogProbabilities, anchor_N: torch.Tensor, advantage_N: torch.Tensor, _: Segments, by: AlgorithmSettings
+) -> ClippedLoss:
+    return clipped_weight_loss(scores.of("current"), anchor_N, advantage_N, by.clip_low, by.clip_high)
+
+
+def _weights_only(weight_N: torch.Tensor) -> Correction:
+    return Correction(weight_N, torch.ones_like(weight_N, dtype=torch.bool), {"weight": weight_N})
+
+
+def _none(anchor_N: torch.Tensor, scores: LogProbabilities, segments: Segments, by: AlgorithmSettings) -> Correction:
+    return _weights_only(torch.ones_like(anchor_N))
+
+
+def _tis(anchor_N: torch.Tensor, scores: LogProbabilities, segments: Segments, by: AlgorithmSettings) -> Correction:
+    return _weights_only(truncated_importance_weights(anchor_N, scores.of("engine"), by.weight_high, by.weight_low))
+
+
+def _icepop(anchor_N: torch.Tensor, scores: LogProbabilities, segments: Segments, by: AlgorithmSettings) -> Correction:
+    return _weights_only(icepop_weights(anchor_N, scores.of("engine"), by.weight_low, by.weight_high))
+
+
+def _decoupled(
+    anchor_N: torch.Tensor, scores: LogProbabilities, segments: Segments, by: AlgorithmSettings
+) -> Correction:
+    return _weights_only(decoupled_weights(anchor_N, scores.of("engine"), by.weight_high))
+
+
+def _importance(
+    anchor_N: torch.Tensor, scores: LogProbabilities, segments: Segments, by: AlgorithmSettings
+) -> Correction:
+    return importance_correction(anchor_N, scores.of("engine"), segments, by.importance)
+
+
+ADVANTAGES: Mapping[str, AdvantageFunction] = MappingProxyType(
+    {
+        "group": _group,
+        "group_mean": _group_mean,
+        "leave_one_out": _leave_one_out,
+        "reinforce_plus_plus": _reinforce_plus_plus,
+        "reinforce_plus_plus_baseline": _baseline,
+        "gae": _gae,
+    }
+)
+LOSSES: Mapping[str, LossFunction] = MappingProxyType(
+    {"clip": _clip, "sequence_clip": _sequence_clip, "clipped_weight": _clipped_weight}
+)
+CORRECTIONS: Mapping[str, CorrectionFunction] = MappingProxyType(
+    {"none": _none, "tis": _tis, "icepop": _icepop, "importance": _importance, "decoupled": _decoupled}
+)
+WITHOUT_TOKEN_REWARDS = ("group", "group_mean", "leave_one_out")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One line of the table. Raises AlgorithmError for a name that isn't registered or settings that have no effect."""
+
+    advantage: str
+    loss: str = "clip"
+    correction: str = "none"
+    reducer: Reducer = "sample"
+    anchor: Role = "old"
+    settings: AlgorithmSettings = field(default_factory=AlgorithmSettings)
+
+    def __post_init__(self) -> None:
+        for part, name, names in (
+            ("advantage", self.advantage, tuple(ADVANTAGES)),
+            ("loss", self.loss, tuple(LOSSES)),
+            ("correction", self.correction, tuple(CORRECTIONS)),
+            ("reducer", self.reducer, ("sample", "token", "constant")),
+            ("anchor", self.anchor, ("old", "engine", "proximal", "current")),
+        ):
+            if name not in names:
+                raise AlgorithmError(f"{part} is {name!r}; one of {', '.join(names)} expected")
+        if self.settings.kl_reward_coefficient and self.advantage in WITHOUT_TOKEN_REWARDS:
+            raise AlgorithmError(
+                f"kl_reward_coefficient {self.settings.kl_reward_coefficient} has no effect on {self.advantage} advantages; "
+                "set kl_loss_coefficient instead"
+            )
+        if self.anchor == "engine" and self.correction != "none":
+            raise AlgorithmError(
+                f"with the anchor 'engine' {self.correction} has nothing to correct; choose one of both"
+            )
+        if self.settings.dual_clip is not None and self.loss != "clip":
+            raise AlgorithmError(
+                f"dual_clip has no effect on the {self.loss} loss; use the loss 'clip' or leave it out"
+            )
+
+
+_WHITE = AlgorithmSettings(whiten=True)
+_GSPO = AlgorithmSettings(clip_low=3e-4, clip_high=4e-4)
+_CISPO = AlgorithmSettings(clip_low=1.0, clip_high=4.0)
+ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
+    {
+        "grpo": Algorithm("group"),
+        "dr_grpo": Algorithm("group_mean", reducer="constant"),
+        "dapo": Algorithm("group", reducer="token", settings=AlgorithmSettings(clip_high=0.28)),
+        "gspo": Algorithm("group", "sequence_clip", settings=_GSPO),
+        "cispo": Algorithm("group", "clipped_weight", reducer="token", settings=_CISPO),
+        "rloo": Algorithm("leave_one_out"),
+        "reinforce_plus_plus": Algorithm("reinforce_plus_plus", settings=_WHITE),
+        "reinforce_plus_plus_baseline": Algorithm("reinforce_plus_plus_baseline", settings=_WHITE),
+        "ppo": Algorithm("gae"),
+        "decoupled_ppo": Algorithm("group", correction="decoupled", anchor="proximal"),
+    }
+)
