@@ -236,7 +236,7 @@ def test_the_live_view_draws_a_run(ended, capsys):
         view.step(Step(run="test", id="1", number=number, version=number, digest="d", sequences=[], samples=["a"],
                        groups=[], metrics=metrics, seconds=2.0), state)  # fmt: skip
     state.evaluations = {"sums": {"0": {"accuracy": 0.25}, "3": {"accuracy": 0.75}}}
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=140)
     console.print(view.render())
     drawn = console.file.getvalue()
     assert "held-out accuracy 0.250 → 0.750" in drawn and "2 tokens/s" in drawn and "█" in drawn

@@ -44,6 +44,7 @@ KIND_DRAIN_S = 2.0
 DRAIN_S = 10.0
 SERVERS_DRAIN_S = 5.0
 KILLED_S = 5.0
+CANCEL_S = 5.0
 SUMMARY_DEADLINE_S = 300.0
 
 
@@ -128,7 +129,7 @@ class Supervisor:
         if living.done():
             return living.result()
         living.cancel()
-        await asyncio.wait({living})
+        await asyncio.wait({living}, timeout=CANCEL_S)
         return "stopped", "it was told to stop; `postroad up` with the same folder goes on"
 
     def _blame_servers(self, error: Exception) -> str:
