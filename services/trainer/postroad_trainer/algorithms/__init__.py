@@ -1,6 +1,6 @@
 """The mathematics of a step as pure functions on tensors, one idea a file; each names its formula and its source.
 
-registry           the algorithms by name and the design; start here
+registry           the algorithms by name and the design; start here;  parts: what they choose from
 objective          a step put together: advantages, reducer weights, loss of a micro-batch
 settings, errors   the numbers; what can be wrong with them
 segments           packed tokens of samples, their masks and sums

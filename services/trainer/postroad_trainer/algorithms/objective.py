@@ -11,9 +11,10 @@ from postroad_trainer.algorithms.distillation import distilled_advantages, rever
 from postroad_trainer.algorithms.divergences import kl_estimate
 from postroad_trainer.algorithms.errors import MissingScoreError
 from postroad_trainer.algorithms.log_probabilities import LogProbabilities
+from postroad_trainer.algorithms.parts import ADVANTAGES, CORRECTIONS, LOSSES
 from postroad_trainer.algorithms.ratios import bounded_ratio
 from postroad_trainer.algorithms.reducers import reduced, reduction_weights
-from postroad_trainer.algorithms.registry import ADVANTAGES, CORRECTIONS, LOSSES, Algorithm
+from postroad_trainer.algorithms.registry import Algorithm
 from postroad_trainer.algorithms.rewarded import Rewarded
 from postroad_trainer.algorithms.segments import Reduce, Segments, alone
 from postroad_trainer.algorithms.whitening import whiten
@@ -30,7 +31,11 @@ class PolicyObjective(NamedTuple):
 
 
 def advantages_of_step(algorithm: Algorithm, rewarded: Rewarded, reduce: Reduce = alone) -> torch.Tensor:
-    """float32 [N], 0 at masked tokens: estimator, then distillation, then whitening over the ranks of reduce."""
+    """float32 [N], 0 at masked tokens: estimator, then distillation, then whitening over the ranks of reduce.
+
+    Errors before the whitening are raised where the data is: give every rank the whole step (reduce is then `alone`), or
+    let the reduction's deadline end the other ranks.
+    """
     settings, segments, scores = algorithm.settings, rewarded.segments, rewarded.scores
     advantage_N = ADVANTAGES[algorithm.advantage](rewarded, algorithm.anchor, settings)
     if settings.distillation_coefficient or settings.reward_weight != 1:
