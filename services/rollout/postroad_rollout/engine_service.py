@@ -63,7 +63,7 @@ async def run(environment: Environment, recipe: Recipe) -> None:
         await asyncio.to_thread(engine.join)
         if engine.failure is None:
             return
-        raise EngineError(f"the model's thread failed: {engine.failure!r}")
+        raise RuntimeError(f"the model's thread failed: {engine.failure!r}")
 
     tasks = [asyncio.create_task(job) for job in (server.serve_socket(), updater.run(), beat(), watch())]
     try:

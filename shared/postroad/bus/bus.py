@@ -88,7 +88,9 @@ class Bus:
         started = time.monotonic()
         while True:  # the client's own first connection retries for ever where reconnection is allowed: knock first
             try:
-                probe = await nats.connect(url, allow_reconnect=False, connect_timeout=2, error_cb=on_error)
+                probe = await nats.connect(
+                    url, allow_reconnect=False, connect_timeout=2, reconnect_time_wait=0.05, error_cb=on_error
+                )
                 await probe.close()
                 break
             except (TimeoutError, NoServersError, OSError, NatsError) as error:
