@@ -71,6 +71,11 @@ class Algorithm:
             raise AlgorithmError(
                 f"with the anchor 'engine' {self.correction} has nothing to correct; choose one of both"
             )
+        if self.anchor == "current" and (self.settings.kl_reward_coefficient or self.settings.distillation_coefficient):
+            raise AlgorithmError(
+                "with the anchor 'current' nothing is scored before the step, but kl_reward_coefficient and "
+                "distillation_coefficient need it; use the anchor 'old' or set both to 0"
+            )
         if self.settings.dual_clip is not None and self.loss != "clip":
             raise AlgorithmError(
                 f"dual_clip has no effect on the {self.loss} loss; use the loss 'clip' or leave it out"
