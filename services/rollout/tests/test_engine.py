@@ -166,6 +166,27 @@ def test_the_queue_has_a_bound(folders):
         engine.close()
 
 
+@pytest.mark.kind("qwen3_moe")
+def test_experts_belong_to_the_version_that_sampled_the_token(engine, tmp_path):
+    """After a switch that computes the keys again, the rows of earlier tokens stay those of the old weights."""
+    before = Asked(engine, PROMPT, {"max_new_tokens": 20}, return_experts=True).answer()
+    engine.flush_cache()
+    make_model("qwen3_moe", 1).save_pretrained(tmp_path)
+    engine.stage(read_folder(tmp_path))
+    asked = Asked(engine, PROMPT, {"max_new_tokens": 60}, return_experts=True)
+    while not asked.request.output:
+        pass
+    engine.activate(1, "d1")
+    answer = asked.answer()
+    switch = answer["meta_info"]["weight_versions"][0][1]
+    rows = [
+        np.frombuffer(base64.b64decode(a["meta_info"]["routed_experts"]), "<i4").reshape(-1, 4)
+        for a in (answer, before)
+    ]
+    first, last = len(PROMPT) - 1, len(PROMPT) - 1 + min(switch, 20)
+    assert np.array_equal(rows[0][first:last], rows[1][first:last])
+
+
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def weights(kind: str, seed: int) -> list[tuple[str, torch.Tensor]]:
     state = make_model(kind, seed).state_dict()

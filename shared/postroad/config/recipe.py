@@ -157,7 +157,7 @@ class EvaluationSection(Section):
 
 class Recipe(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$", description="Name of the run; part of NATS subjects.")
-    seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
     model: ModelSection
     data: DataSection
     reward: RewardSection

@@ -106,8 +106,12 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
             raise BadRequestError(f"the body is not JSON: {error}") from error
         body, wake = read_body(raw), asyncio.Event()
         requests = requests_of(engine, body, wake)
-        for one in requests:
-            engine.submit(one)
+        try:
+            for one in requests:
+                engine.submit(one)
+        except EngineBusyError:  # all of a batch or nothing of it
+            await _abort_unfinished(engine, requests)
+            raise
         if body.stream:
             return StreamingResponse(_stream(engine, body, requests, wake), media_type="text/event-stream")
         try:

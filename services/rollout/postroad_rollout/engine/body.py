@@ -100,6 +100,8 @@ def _request(
         )
     if params.stop and engine.tokenizer is None:
         raise BadRequestError("stop needs a tokenizer, and the model folder has no tokenizer.json: use stop_token_ids")
+    if body.logprob_start_len >= len(prompt):
+        raise BadRequestError(f"logprob_start_len is {body.logprob_start_len}; the prompt has {len(prompt)} tokens")
     if body.return_routed_experts and not engine.config.moe_layers:
         raise BadRequestError("return_routed_experts: this model has no mixture-of-experts layers")
     return Request(

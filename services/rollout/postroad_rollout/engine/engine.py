@@ -219,8 +219,10 @@ class Engine:
             function, future = self._commands.popleft()
             try:
                 future.set_result(function())
-            except EngineError as error:
+            except BaseException as error:
                 future.set_exception(error)
+                if not isinstance(error, EngineError):
+                    raise
 
     def _take_arrived(self) -> None:
         while self._arrived:

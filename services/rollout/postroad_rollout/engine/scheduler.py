@@ -148,7 +148,7 @@ class Scheduler:
             rows.append(Row(r.params, r.seed, r.length, banned, r.top_logprobs))
         drawn = sample(self.model.logits(served.weights, hidden_ND[[i for _, i in sampled]]), rows)
         for (request, _), token in zip(sampled, drawn, strict=True):
-            if request.return_experts and request.output:
+            if request.return_experts:
                 request.output_experts.append(self.cache.experts[request.slot, request.length - 1].copy())
             request.add(token, served.version, served.digest)
             self.cache.append(request.slot, token.token)
@@ -172,7 +172,7 @@ class Scheduler:
         """Give the slot back; what is computed stays there as a prefix."""
         if request.slot < 0:
             return
-        known = len(request.prompt) - 1 + bool(request.output)
+        known = len(request.prompt) - 1  # the rows after it were kept as their tokens came
         if request.return_experts and self.cache.computed[request.slot] >= known:
             request.prompt_experts = self.cache.experts[request.slot, :known].copy()
         self.cache.release(request.slot)

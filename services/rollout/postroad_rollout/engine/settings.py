@@ -27,7 +27,7 @@ class EngineSettings(BaseModel):
     )
     max_waiting: int = Field(default=1024, ge=1, description="waiting requests; more get 503")
     prefill_tokens: int = Field(default=256, ge=1, description="prompt tokens computed between two decode steps")
-    seed: int = Field(default=0, description="of requests without a sampling_seed")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of requests without a sampling_seed")
     secret: str | None = Field(default=None, description="bearer token that callers must send")
     weight_version: int = Field(default=0, ge=0)
     weight_digest: str = ""
