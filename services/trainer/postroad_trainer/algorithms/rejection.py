@@ -81,7 +81,7 @@ def importance_correction(
     (token and sequence TIS / MIS; geometric rejection and veto in its part 3); sequence: exp(sum x), geometric:
     exp(mean x) over the sample's trained tokens. Weight 1 and kept at masked tokens.
     """
-    log_ratio_N = segments.masked((old_N - engine_N).detach())
+    log_ratio_N = (old_N - engine_N).detach()
     before_N = ratio_at(log_ratio_N, segments, settings.level)
     outside_N = (before_N < settings.lower) | (before_N > settings.high)
     weight_N, kept_N = before_N, torch.ones_like(segments.mask_N)

@@ -40,7 +40,6 @@ def preference_loss(
         raise AlgorithmError(f"pairs have shape {tuple(pair_P2.shape)}; [pairs, 2] expected: chosen, rejected")
     if bool((segments.counts()[pair_P2] == 0).any()):
         raise NothingTrainedError("a preference pair holds a sample without a trained token; drop the pair")
-    scores = scores.masked(segments.mask_N)
     reward_S = beta * segments.sums(scores.of("current") - scores.of("reference"))
     chosen_P, rejected_P = reward_S[pair_P2].unbind(1)
     margin_P = chosen_P - rejected_P
