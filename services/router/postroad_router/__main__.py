@@ -10,9 +10,8 @@ import logging
 import signal
 import sys
 
-from postroad.supervisor.processes import die_with_parent
-
 from postroad.config import Environment, Recipe, RecipeError, load_recipe
+from postroad.supervisor.processes import die_with_parent
 from postroad.telemetry.logging import set_up_logging
 from postroad.telemetry.tracer import set_up_tracing
 from postroad_router.model import ModelFolderError
