@@ -51,3 +51,14 @@ def test_a_stopped_run_goes_on_where_it_was(mesh):
     mesh.wait_finished()
     mesh.nothing_lost()
     assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:24"))
+
+
+@pytest.mark.timeout(1200)
+def test_the_demo_learns(mesh):
+    """The first minutes of `make demo`: a pretrained model gets better at products, through all four services."""
+    mesh.up("demo", "trainer.steps=15", "evaluation=[]")
+    mesh.wait_finished(1000)
+    rewards = [step["reward_mean"] for step in mesh.lines("steps") if step["step"]]
+    first, last = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
+    assert last > first + 0.2, rewards
+    mesh.nothing_lost()
