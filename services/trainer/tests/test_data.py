@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from postroad.config.recipe import DataSection
+from postroad.reasoning import import_reasoning_gym
 from postroad_trainer.data import DataError, Row, open_dataset, order, prompt_index
 
 GOOD = [{"prompt": f"question {number}", "label": str(number), "metadata": {"n": number}} for number in range(5)]
@@ -209,10 +210,9 @@ def test_a_held_out_question_is_not_in_the_training_rows():
     assert not train.prompts() & held_out.prompts() and train.report.excluded > 0 and len(train) > 20
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "sudoku", "gcd", "countdown", "arc_1d", "graph_color", "zebra_puzzles"])
+@pytest.mark.parametrize("task", ["chain_sum", "sudoku", "gcd", "countdown", "arc_1d", "graph_color"])
 def test_entries_travel_and_still_score(task):
-    import reasoning_gym
-
+    reasoning_gym = import_reasoning_gym()
     row = open_dataset(gym(task=task, settings={}, size=1)).row(0)
     entry = msgpack.unpackb(msgpack.packb(row.metadata), strict_map_key=False)["entry"]
     data = reasoning_gym.create_dataset(task, size=1, seed=1)

@@ -6,7 +6,6 @@ with which the data set is built again here (some score by their settings or see
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from functools import lru_cache
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from postroad.reasoning import import_reasoning_gym
 from postroad_reward.graders.base import Attempt, Grade, Grader, Settings
 
 _NUMBER = re.compile(r"-?\d+")
@@ -60,9 +60,7 @@ def _data_set_of(metadata: dict[str, Any], entry: dict[str, Any], settings: Reas
 
 @lru_cache(maxsize=32)
 def _data_set(task: str, keywords: str) -> Any:
-    return importlib.import_module("reasoning_gym").create_dataset(task, **json.loads(keywords))
+    return import_reasoning_gym().create_dataset(task, **json.loads(keywords))
 
 
-GRADER = Grader(
-    "reasoning_gym", ReasoningGymSettings, grade, prepare=lambda settings: importlib.import_module("reasoning_gym")
-)
+GRADER = Grader("reasoning_gym", ReasoningGymSettings, grade, prepare=lambda settings: import_reasoning_gym())

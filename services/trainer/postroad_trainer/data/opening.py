@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from postroad.config.recipe import DataSection
+from postroad.reasoning import import_reasoning_gym
 from postroad_trainer.data.dataset import DataError, Dataset, Messages, Row
 from postroad_trainer.data.files import read_rows
 from postroad_trainer.data.rows import Columns, Raw, clean, collect
@@ -51,7 +52,7 @@ def _label_required(key: str, raws: Iterable[Raw]) -> bool:
 def _reasoning_gym(section: DataSection) -> Iterator[Raw]:
     """Generated rows. Their metadata hold the entry, and what the grader needs to build the data set again."""
     try:
-        import reasoning_gym
+        reasoning_gym = import_reasoning_gym()
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise DataError("data.kind reasoning_gym needs its package: pip install reasoning-gym") from error
