@@ -87,6 +87,7 @@ class TrainerService:
         )
         beat = asyncio.create_task(self._heartbeat())
         try:
+            await self.bus.create_streams()
             await self.publisher.start()
             data = await asyncio.to_thread(open_data, self.recipe, environment.model)
             await self.leader.open()
