@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,12 @@ DEADLINE_S = 600.0
 BUILT = ("nats", "trainer", "engine", "router", "reward")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Compose:
     def __init__(self, engine: str, command: list[str]) -> None:
         self.engine = engine
@@ -25,7 +32,7 @@ class Compose:
         self.environment = {
             **os.environ,
             **{name: secrets.token_hex(16) for name in names},
-            "POSTROAD_ROUTER_PORT": "0",
+            "POSTROAD_ROUTER_PORT": str(free_port()),
         }
 
     def run(self, *arguments: str, check: bool = True, timeout_s: float = 1800) -> str:
