@@ -10,7 +10,7 @@ from typing import Literal
 
 from prometheus_client import Counter, Histogram
 
-from postroad.bus import AlreadyPublished, Bus, Hop, Reject, RetryLater, work
+from postroad.bus import AlreadyPublished, Bus, Hop, Reject, RetryLater, work_and_drain
 from postroad.config import Environment, Recipe
 from postroad.messages import Message, Sample, Trajectory
 from postroad.store import Store
@@ -64,19 +64,10 @@ class RewardService:
             health.close()
 
     async def _work(self, stop: asyncio.Event) -> None:
-        working = asyncio.create_task(work(self.bus, self.hop, stop))
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                self.state = "drain"
-                await asyncio.wait({working}, timeout=DRAIN_S)
-            if working.done():
-                working.result()
-        finally:
-            for task in (working, stopping):
-                task.cancel()
-            await asyncio.gather(working, stopping, return_exceptions=True)
+        def drain() -> None:
+            self.state = "drain"
+
+        await work_and_drain(self.bus, self.hop, stop, drain_s=DRAIN_S, on_drain=drain)
 
     async def handle(self, message: Message) -> None:
         """Grade one trajectory and publish its sample. What stands in the log already is not graded again."""

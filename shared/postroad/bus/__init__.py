@@ -2,7 +2,7 @@
 
 from postroad.bus.bus import AlreadyPublished, Bus, BusError, InvalidMessage, LoggedMessage
 from postroad.bus.streams import STREAMS, Subjects
-from postroad.bus.work import Hop, Reject, RetryLater, work
+from postroad.bus.work import Hop, Reject, RetryLater, work, work_and_drain
 
 __all__ = [
     "STREAMS",
@@ -16,4 +16,5 @@ __all__ = [
     "RetryLater",
     "Subjects",
     "work",
+    "work_and_drain",
 ]

@@ -77,6 +77,25 @@ async def work(bus: Bus, hop: Hop, stop: asyncio.Event) -> None:
         beating.cancel()
 
 
+async def work_and_drain(
+    bus: Bus, hop: Hop, stop: asyncio.Event, *, drain_s: float, on_drain: Callable[[], None]
+) -> None:
+    """Run `hop` until `stop` is set; then finish what is in hand within `drain_s`: the rest is delivered again."""
+    working = asyncio.create_task(work(bus, hop, stop))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            on_drain()
+            await asyncio.wait({working}, timeout=drain_s)
+        if working.done():
+            working.result()
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
 async def _puller(bus: Bus, hop: Hop, in_hand: dict[str, Msg], group: asyncio.TaskGroup) -> Puller:
     """A puller on the hop's durable consumer, which is created or brought up to date."""
     config = ConsumerConfig(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from redis.exceptions import RedisError
 
-from postroad.bus import Bus, Hop, work
+from postroad.bus import Bus, Hop, work_and_drain
 from postroad.config import Environment, Recipe
 from postroad.store import Store, StoreError
 from postroad.telemetry.health import HealthServer
@@ -64,19 +64,11 @@ class WorkerService:
             "TASKS", "worker", "task", runner.handle, self.rollout.groups_per_worker, self.ack_wait_s,
             self.rollout.deliveries,
         )  # fmt: skip
-        working = asyncio.create_task(work(bus, hop, stop))
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                self.state = "drain"
-                await asyncio.wait({working}, timeout=DRAIN_S)
-            if working.done():
-                working.result()
-        finally:
-            for task in (working, stopping):
-                task.cancel()
-            await asyncio.gather(working, stopping, return_exceptions=True)
+
+        def drain() -> None:
+            self.state = "drain"
+
+        await work_and_drain(bus, hop, stop, drain_s=DRAIN_S, on_drain=drain)
 
     async def _leave(self, store: Store) -> None:
         try:
