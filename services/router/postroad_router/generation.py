@@ -13,7 +13,9 @@ Finish = Literal["stop", "length"]
 @dataclass(frozen=True)
 class GenerationRequest:
     """Generate one continuation of `prompt` (token ids). No token may come from weights older than
-    `minimum_version`; all of it, retries included, may take `timeout_s`."""
+    `minimum_version`, or from others than `version` where it is given; all of it, retries included, may take
+    `timeout_s`. Requests of one `session` go to the same engine as long as it can take them. Of the routed experts
+    the first `experts_known` rows are with the caller already and are not answered again."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -29,14 +31,18 @@ class GenerationRequest:
     seed: int | None = None
     top_logprobs: int = 0
     routed_experts: bool = False
+    experts_known: int = 0
     minimum_version: int = 0
+    version: int | None = None
+    session: str = ""
     stream_interval: int = 1  # tokens between two chunks: more where nobody watches them come
 
 
 @dataclass(frozen=True)
 class TokenChunk:
     """The next tokens. All lists are aligned to `tokens`; `top` is empty unless top_logprobs were asked for.
-    The last chunk has `finish`, and `routed_experts` [prompt + generated - 1, MoE layers, top-k] where asked for."""
+    The last chunk has `finish`, and `routed_experts` [prompt + generated - 1 - experts_known, MoE layers, top-k] where
+    asked for."""
 
     tokens: list[int]
     log_probabilities: list[float]
