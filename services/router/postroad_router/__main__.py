@@ -1,48 +1,19 @@
-"""`python -m postroad_router`: one router, started by the supervisor or a container.
-
-Exit codes: 0 it was told to stop; 3 it can't go on as it is configured (the log says why); others: start it again.
-"""
+"""`python -m postroad_router`: one router, started by the supervisor or a container."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 import sys
 
-from postroad.config import Environment, Recipe, RecipeError, load_recipe
-from postroad.supervisor.processes import die_with_parent
-from postroad.telemetry.logging import set_up_logging
-from postroad.telemetry.tracer import set_up_tracing
+from postroad.config import Environment, Recipe
+from postroad.service import run_service
 from postroad_router.model import ModelFolderError
 from postroad_router.service import RouterService
 
-logger = logging.getLogger("postroad_router")
 
-FATAL = 3
-
-
-def main() -> int:
-    die_with_parent()
-    environment = Environment.read()
-    set_up_logging("router", environment.run, environment.log_level)
-    set_up_tracing("router", environment.run)
-    try:
-        asyncio.run(serve(environment, load_recipe(environment.recipe)))
-    except (RecipeError, ModelFolderError) as error:
-        logger.error("%s", error)
-        print(f"router: {error}", file=sys.stderr)
-        return FATAL
-    return 0
-
-
-async def serve(environment: Environment, recipe: Recipe) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+async def serve(environment: Environment, recipe: Recipe, stop: asyncio.Event) -> None:
     await RouterService(environment, recipe).run(stop)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_service("router", serve, ModelFolderError))
