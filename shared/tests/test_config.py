@@ -26,7 +26,7 @@ def test_a_recipe_is_the_same_after_being_resolved(path, tmp_path):
         ("trainer.lerning_rate=1", "unknown key trainer.lerning_rate: did you mean 'learning_rate'"),
         ("rollout.engine.slotz=1", "unknown key rollout.engine.slotz: did you mean 'slots'"),
         ("trainer.steps=many", "trainer.steps: .*integer"),
-        ("trainer.reducer=mean", "trainer.reducer: .*'token'"),
+        ("trainer.algorithm.reducer=tokens", "trainer.algorithm.reducer: .*did you mean 'token'"),
         ("model.path=x", "exactly one of model.path and model.bundled"),
         ("rollout.sampling.temperature=0", "all members of a group equal"),
         ("rollout.sampling.max_new_tokens=5000", "no room for a prompt"),

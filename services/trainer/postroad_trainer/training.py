@@ -47,12 +47,12 @@ def step_settings(recipe: Recipe, version: int) -> StepSettings:
     warmup = min(1.0, (version + 1) / trainer.warmup_steps) if trainer.warmup_steps else 1.0
     return StepSettings(
         learning_rate=trainer.learning_rate * warmup,
-        clip_low=trainer.clip_low,
-        clip_high=trainer.clip_high,
-        tis_cap=trainer.tis_cap,
+        clip_low=trainer.algorithm.clip_low,
+        clip_high=trainer.algorithm.clip_high,
+        tis_cap=trainer.algorithm.weight_high,
         temperature=recipe.rollout.sampling.temperature,
         grad_clip=trainer.grad_clip,
-        reducer=trainer.reducer,
+        reducer=trainer.algorithm.reducer,
         constant_length=recipe.rollout.sampling.max_new_tokens,
     )
 
@@ -79,7 +79,7 @@ class Training:
 
     def step(self, groups: Sequence[Sequence[Sample]], version: int) -> tuple[StepResult, str]:
         """Train `version` on the batch; the result and the digest of the parameters that it made."""
-        rows = rows_of(groups, normalise_std=self.recipe.trainer.normalise_std)
+        rows = rows_of(groups, normalise_std=self.recipe.trainer.algorithm.advantage == "group")
         result = self.backend.train_step(rows, step_settings(self.recipe, version))
         return result, self.backend.digest()
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from postroad.config.algorithm import OF_GROUPS, AlgorithmSection
+from postroad.config.section import Section
 
 
 class ModelSection(Section):
@@ -61,7 +60,9 @@ class DataSection(Section):
 class RewardSection(Section):
     """Who grades."""
 
-    grader: str = Field(description="math, exact, positions, reasoning_gym, or function for a user's function.")
+    grader: str = Field(
+        description="math, exact, positions, reasoning_gym, or function for a user's function; none for learning from files."
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="The grader's own settings.")
     deadline_s: float = Field(30.0, gt=0, description="Seconds that one grading may take.")
     deliveries: int = Field(5, ge=1, description="Attempts before a trajectory goes to DEAD.")
@@ -128,13 +129,7 @@ class TrainerSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     freeze_embedding: bool = Field(False, description="Do not train the embedding (and a head tied to it).")
-    normalise_std: bool = Field(True, description="Divide advantages by the group's standard deviation (GRPO).")
-    clip_low: float = Field(0.2, gt=0, description="Lower clip of the policy ratio.")
-    clip_high: float = Field(0.28, gt=0, description="Upper clip of the policy ratio (clip-higher).")
-    tis_cap: float | None = Field(
-        2.0, gt=0, description="Cap of the importance weight of truncated importance sampling."
-    )
-    reducer: Literal["token", "sample", "constant"] = Field("token", description="How token losses become one loss.")
+    algorithm: AlgorithmSection = AlgorithmSection()
     filter: Literal["none", "zero_std"] = Field(
         "none", description="zero_std drops groups whose rewards are all equal and draws others (dynamic sampling)."
     )
@@ -160,7 +155,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
     model: ModelSection
     data: DataSection
-    reward: RewardSection
+    reward: RewardSection = RewardSection(grader="none")
     rollout: RolloutSection = RolloutSection()
     router: RouterSection = RouterSection()
     trainer: TrainerSection
@@ -168,6 +163,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
+        self._algorithm_fits()
         if self.trainer.filter == "zero_std" and self.rollout.group_size == 1:
             raise ValueError(
                 "trainer.filter zero_std drops every group of one: raise rollout.group_size or set it to none"
@@ -188,3 +184,23 @@ class Recipe(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"two evaluations have the same name: {names}")
         return self
+
+    def _algorithm_fits(self) -> None:
+        algorithm = self.trainer.algorithm
+        if not algorithm.supervised and self.reward.grader == "none":
+            raise ValueError(f"the algorithm {algorithm.name} needs a reward: set reward.grader")
+        if algorithm.advantage in OF_GROUPS and algorithm.reward_weight and self.group_size == 1:
+            raise ValueError(
+                f"rollout.group_size 1 leaves {algorithm.advantage} advantages nothing to compare, all would be 0: raise it, "
+                "or choose the algorithm reinforce_plus_plus"
+            )
+        if self.trainer.groups_per_step % algorithm.updates:
+            raise ValueError(
+                f"trainer.groups_per_step {self.trainer.groups_per_step} must be a multiple of "
+                f"trainer.algorithm.updates {algorithm.updates}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a group: attempts at a prompt, or the conversations that a row of a file holds."""
+        return {"sft": 1, "dpo": 2}.get(self.trainer.algorithm.name, self.rollout.group_size)
