@@ -7,14 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from postroad.weights.protocol import WeightsError
+
 BUCKET_BYTES = 16 * 1024 * 1024
 ALIGNMENT_BYTES = 64
 DOCUMENT = "weights"
 ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1, "int32": 4, "int64": 8}
-
-
-class WeightsError(RuntimeError):
-    """A version that can't be published, read or verified; the reader goes on with what it has."""
 
 
 class TensorEntry(BaseModel):
