@@ -30,6 +30,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     seed: int | None = None
     top_logprobs: int = 0
+    json_schema: str = ""  # the text has to fit it; for engines that say so in their registration
     routed_experts: bool = False
     experts_known: int = 0
     minimum_version: int = 0

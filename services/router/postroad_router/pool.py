@@ -27,6 +27,7 @@ class Engine:
     state: str = "ready"
     slots: int = 1
     running: int = 0
+    json_schema: bool = False  # decodes within a JSON schema
     requests: int = 0
     tokens: int = 0
     failures: int = 0
@@ -56,6 +57,7 @@ class Pool:
             engine.version, engine.digest = info.get("version", 0), str(info.get("digest", ""))
             engine.state = str(info.get("state", "ready"))
             engine.slots, engine.running = info.get("slots", 1), info.get("running", 0)
+            engine.json_schema = info.get("json_schema") is True
         return before != {name: (e.url, e.pid, e.version, e.state) for name, e in self.engines.items()}
 
     def choose(self, minimum_version: int, avoid: frozenset[str] = frozenset()) -> Engine | None:

@@ -62,6 +62,8 @@ class Splice:
         }  # fmt: skip
         if request.seed is not None:
             sampling["sampling_seed"] = request.seed % 2**63
+        if request.json_schema:
+            sampling["json_schema"] = request.json_schema
         body: dict[str, Any] = {
             "input_ids": [*request.prompt, *self.tokens], "sampling_params": sampling, "stream": True,
             "return_logprob": True,
