@@ -1,7 +1,8 @@
 """Do generation and training overlap? Time per step at staleness 2 against the longer of the two alone.
 
-With staleness 0 the trainer waits for a whole generation and then trains: its waiting is generation alone, its step is
-training alone. With staleness 2 both go on at once; the ideal is the longer of the two.
+With staleness 0 the trainer waits for a whole generation and then works: its waiting is generation alone (task to graded
+sample, the engine's taking of the weights with it), the rest of its step is training alone (optimizer step, digest, log,
+publication, checkpoint). With staleness 2 both go on at once; the ideal is the longer of the two.
 
     .venv/bin/python benchmarks/overlap.py [--recipe demo] [--steps 14] [--json]
 """
@@ -27,8 +28,8 @@ def main() -> int:
     settings = [f"trainer.steps={arguments.steps}", "trainer.learning_rate=1e-9", "evaluation=[]"]
     alone = run(arguments.recipe, [*settings, "trainer.staleness=0"])
     both = run(arguments.recipe, [*settings, "trainer.staleness=2"])
-    generation = statistics.median(step["metrics"]["seconds_wait"] for step in alone.steps[WARM_UP:])
-    training = statistics.median(step["metrics"]["seconds_train"] for step in alone.steps[WARM_UP:])
+    generation = statistics.mean(step["metrics"]["seconds_wait"] for step in alone.steps[WARM_UP + 1 :])
+    training = per_step(alone) - generation
     overlapped = per_step(both)
     ratio = overlapped / max(generation, training)
     print(

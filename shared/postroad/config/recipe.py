@@ -78,13 +78,29 @@ class SamplingSection(Section):
     stop: list[str] = Field(default_factory=list, description="Strings that end a response.")
 
 
-class EngineSection(Section):
-    """The embedded engine."""
+class SGLangSection(Section):
+    """SGLang as the engine, for GPUs."""
 
+    python: str | None = Field(None, description="Interpreter that has sglang and postroad-rollout; else the mesh's own.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of sglang.launch_server, such as tp-size or mem-fraction-static."
+    )
+    start_deadline_s: float = Field(600.0, gt=0, description="Seconds until the server must answer its health check.")
+
+
+class EngineSection(Section):
+    """The inference engine."""
+
+    kind: Literal["embedded", "sglang"] = Field("embedded", description="Our own small engine, or SGLang.")
+    sglang: SGLangSection = SGLangSection()
     slots: int = Field(64, ge=1, description="Sequences decoded at the same time.")
     max_length: int = Field(1024, ge=16, description="Longest sequence, prompt and response, in tokens.")
     threads: int = Field(1, ge=1, description="Torch threads of the engine's process.")
     waiting: int = Field(1024, ge=1, description="Requests that may wait; past it the engine answers 503.")
+    roles: list[Literal["mixed", "prefill", "decode"]] = Field(
+        default_factory=list, description="Of the engines in order: prefill engines compute prompts for decode engines; "
+        "those not listed are mixed, they do both.",
+    )  # fmt: skip
     update: Literal["finish", "continue", "keep_kv"] = Field(
         "continue", description="What becomes of running requests when new weights are activated (design §5)."
     )
@@ -106,6 +122,7 @@ class RolloutSection(Section):
 
 
 class RouterSection(Section):
+    replicas: int = Field(1, ge=1, description="Router processes, all behind one port.")
     concurrency: int = Field(512, ge=1, description="Requests in flight; past it the router answers 429.")
     timeout_s: float = Field(600.0, gt=0, description="Longest time of one request, all retries included.")
     attempts: int = Field(5, ge=1, description="Engines tried before a request fails.")
@@ -180,6 +197,11 @@ class Recipe(Section):
                 f"trainer.groups_per_step {self.trainer.groups_per_step} must be a multiple of "
                 f"trainer.processes {self.trainer.processes}"
             )
+        roles = self.rollout.engine.roles
+        if len(roles) > self.rollout.engines:
+            raise ValueError(f"rollout.engine.roles lists {len(roles)} engines of {self.rollout.engines}")
+        if ("prefill" in roles) != ("decode" in roles):
+            raise ValueError("rollout.engine.roles needs both prefill and decode, or neither: they work in pairs")
         names = [evaluation.name for evaluation in self.evaluation]
         if len(set(names)) != len(names):
             raise ValueError(f"two evaluations have the same name: {names}")

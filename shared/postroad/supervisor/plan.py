@@ -31,14 +31,28 @@ class Service:
 def services(recipe: Recipe) -> list[Service]:
     """The services of the mesh, without its servers."""
     python = sys.executable
-    engine, worker = (python, "-m", "postroad_rollout.engine_service"), (python, "-m", "postroad_rollout.worker")
+    engine, worker = engine_command(recipe), (python, "-m", "postroad_rollout.worker")
     return [
-        *(Service("engine", f"engine-{number}", engine) for number in range(recipe.rollout.engines)),
-        Service("router", "router-0", (python, "-m", "postroad_router")),
+        *(Service("engine", f"engine-{number}", (*engine, *role_of(recipe, number)))
+          for number in range(recipe.rollout.engines)),
+        *(Service("router", f"router-{number}", (python, "-m", "postroad_router"))
+          for number in range(recipe.router.replicas)),
         Service("reward", "reward-0", (python, "-m", "postroad_reward")),
         *(Service("worker", f"worker-{number}", worker) for number in range(recipe.rollout.workers)),
         Service("trainer", "trainer", trainer_command(recipe.trainer.processes)),
-    ]
+    ]  # fmt: skip
+
+
+def role_of(recipe: Recipe, engine: int) -> tuple[str, ...]:
+    roles = recipe.rollout.engine.roles
+    return ("--role", roles[engine]) if engine < len(roles) else ()
+
+
+def engine_command(recipe: Recipe) -> tuple[str, ...]:
+    section = recipe.rollout.engine
+    if section.kind == "embedded":
+        return (sys.executable, "-m", "postroad_rollout.engine_service")
+    return (section.sglang.python or sys.executable, "-m", "postroad_rollout.sglang")
 
 
 def trainer_command(processes: int) -> tuple[str, ...]:
