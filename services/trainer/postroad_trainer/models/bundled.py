@@ -19,9 +19,13 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from postroad_trainer.models.tiny import write_tiny_model
+from postroad_trainer.models.tiny import Kind, write_tiny_model
 
-NAMES = ("smollm2", "tiny-llama", "tiny-qwen3-moe")
+RANDOM: dict[str, Kind] = {
+    "tiny-llama": "llama", "tiny-qwen3-moe": "qwen3_moe", "random-qwen3-600m": "qwen3_600m",
+    "random-qwen3-moe-900m": "qwen3_moe_900m",
+}  # fmt: skip
+NAMES = ("smollm2", *RANDOM)
 TENSORS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -43,7 +47,7 @@ def bundle(name: str, folder: Path, seed: int = 0) -> None:
     if name == "smollm2":
         _convert_smollm2(temporary)
     else:
-        write_tiny_model(temporary, {"tiny-llama": "llama", "tiny-qwen3-moe": "qwen3_moe"}[name], seed)
+        write_tiny_model(temporary, RANDOM[name], seed)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -1,6 +1,7 @@
-"""Writes a tiny random model as a Hugging Face folder: `python -m postroad_trainer.models.tiny --out DIR --kind llama`.
+"""Writes a random model as a Hugging Face folder: `python -m postroad_trainer.models.tiny --out DIR --kind llama`.
 
-Its vocabulary is one id per printable ASCII character, newline and tab, and the chat tokens. Nothing is downloaded.
+Tiny ones for CPUs, and two of the shape of real ones for GPUs that reach no hub. The vocabulary is one id per printable
+ASCII character, newline and tab, and the chat tokens. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-Kind = Literal["llama", "llama_untied", "qwen3", "qwen3_moe"]
+Kind = Literal["llama", "llama_untied", "qwen3", "qwen3_moe", "qwen3_600m", "qwen3_moe_900m"]
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = "\n\t" + "".join(chr(code) for code in range(32, 127))
@@ -61,20 +62,34 @@ def _write_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
+def _size(hidden: int, inner: int, layers: int, heads: tuple[int, int, int]) -> dict[str, int]:
+    """heads: of queries, of keys and values, and the width of one."""
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    return {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            **dict(zip(names, heads, strict=True))}  # fmt: skip
+
+
+SIZES: dict[Kind, dict[str, int]] = {
+    "llama": _size(96, 256, 3, (4, 2, 24)),
+    "llama_untied": _size(96, 256, 3, (4, 2, 24)),
+    "qwen3": _size(96, 256, 3, (4, 2, 24)),
+    "qwen3_moe": _size(64, 128, 2, (4, 2, 16)),
+    "qwen3_600m": _size(1024, 3072, 28, (16, 8, 128)),  # Qwen3-0.6B but for its vocabulary
+    "qwen3_moe_900m": _size(1024, 3072, 16, (16, 4, 128)),
+}
+EXPERTS: dict[Kind, tuple[int, int, int]] = {"qwen3_moe": (8, 2, 64), "qwen3_moe_900m": (32, 4, 512)}  # all, top, width
+LARGE = ("qwen3_600m", "qwen3_moe_900m")
+
+
 def _configuration(kind: Kind, vocabulary: int) -> dict[str, Any]:
-    moe = kind == "qwen3_moe"
-    family = "llama" if kind.startswith("llama") else kind
+    moe = kind in EXPERTS
+    family = "llama" if kind.startswith("llama") else "qwen3_moe" if moe else "qwen3"
     names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
     configuration: dict[str, Any] = {
         "architectures": [names[family]],
         "model_type": family,
         "vocab_size": vocabulary,
-        "hidden_size": 64 if moe else 96,
-        "intermediate_size": 128 if moe else 256,
-        "num_hidden_layers": 2 if moe else 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16 if moe else 24,
+        **SIZES[kind],
         "hidden_act": "silu",
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-5,
@@ -87,13 +102,14 @@ def _configuration(kind: Kind, vocabulary: int) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "dtype": "float32",
+        "dtype": "bfloat16" if kind in LARGE else "float32",
     }
     if moe:
+        experts, top, width = EXPERTS[kind]
         configuration |= {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
+            "num_experts": experts,
+            "num_experts_per_tok": top,
+            "moe_intermediate_size": width,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
@@ -137,13 +153,14 @@ def _shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _weights(configuration: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     """Norms 1; matrices normal, scaled by their inputs so that two or three layers already carry a signal."""
     generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, configuration["dtype"])
     weights = {}
     for name, shape in _shapes(configuration).items():
         if len(shape) == 1:
-            weights[name] = torch.ones(shape)
+            weights[name] = torch.ones(shape, dtype=dtype)
         else:
             scale = configuration["initializer_range"] if "embed" in name else 0.7 / math.sqrt(shape[1])
-            weights[name] = torch.randn(shape, generator=generator) * scale
+            weights[name] = (torch.randn(shape, generator=generator) * scale).to(dtype)
     return weights
 
 
