@@ -123,11 +123,30 @@ class RolloutSection(Section):
     engine: EngineSection = EngineSection()
 
 
+ModelFamily = Literal[
+    "default", "qwen3", "qwen35", "qwennext", "glm47", "nemotron3", "kimi25", "kimi26", "minimax", "deepseekv3",
+    "deepseekv32", "deepseekv4", "gpt-oss", "llama",
+]  # fmt: skip
+
+
 class RouterSection(Section):
     replicas: int = Field(1, ge=1, description="Router processes, all behind one port.")
     concurrency: int = Field(512, ge=1, description="Requests in flight; past it the router answers 429.")
     timeout_s: float = Field(600.0, gt=0, description="Longest time of one request, all retries included.")
     attempts: int = Field(5, ge=1, description="Engines tried before a request fails.")
+    family: ModelFamily | None = Field(
+        None, description="Rules of tool calls, reasoning and turns; from the model's config.json where it is not set."
+    )
+    session_ttl_s: float = Field(86_400.0, gt=0, description="Seconds after its last turn that a session is kept.")
+    session_bytes: int = Field(256 * 2**20, ge=2**16, description="Largest size of one session in Redis, in bytes.")
+    tls_certificate: str | None = Field(None, description="PEM file with the certificate chain; makes the router HTTPS.")
+    tls_key: str | None = Field(None, description="PEM file with the certificate's private key.")
+
+    @model_validator(mode="after")
+    def _both_files(self) -> RouterSection:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("router.tls_certificate and router.tls_key go together: set both or none")
+        return self
 
 
 class CheckpointSection(Section):
