@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -17,18 +17,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from postroad_router.access import Access, Admission
-from postroad_router.completions import Answer
+from postroad_router.completions import Answer, ChatAnswer, TextAnswer
 from postroad_router.errors import ApiError
+from postroad_router.exchange import complete, converse
 from postroad_router.generate import forward, forward_stream
 from postroad_router.metrics import ENGINES
-from postroad_router.openai_types import generation_request, plain_messages, read_chat
+from postroad_router.openai_types import CompletionRequest, read_chat, validated
 from postroad_router.parts import Parts
-from postroad_router.template import TemplateError
 
 logger = logging.getLogger(__name__)
 
 BODY_BYTES = 16 * 1024 * 1024
-LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop
+BODY_DEPTH = 64
 CLIENT_GONE = 499
 
 Result = TypeVar("Result")
@@ -49,21 +49,14 @@ def create_app(parts: Parts) -> FastAPI:
 
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    parts: Parts = request.app.state.parts
-    chat = read_chat(await read_body(request))
-    if chat.model not in parts.names:
-        raise ApiError(404, f"The model `{chat.model}` does not exist; here is {parts.names[0]}.",
-                       param="model", code="model_not_found")  # fmt: skip
-    if chat.routed_experts and not parts.model.experts:
-        raise ApiError(400, "this model has no experts to return", param="routed_experts", code="invalid_value")
-    prompt = await _tokenise(parts, chat.messages, chat.chat_template_kwargs)
-    timeout_s = parts.dispatcher.settings.timeout_s
-    requests = [generation_request(chat, prompt, parts.max_length, timeout_s, choice) for choice in range(chat.n)]
-    answer = Answer(chat, prompt, parts.vocabulary)
-    generations = [parts.dispatcher.generate(one) for one in requests]
-    if chat.stream:
-        return await EventStream.start(request, answer.events(generations))
-    return JSONResponse(await until_gone(request.receive, answer.whole(generations)))
+    exchange = await converse(request.app.state.parts, read_chat(await read_body(request)))
+    return await _answer(request, ChatAnswer(exchange))
+
+
+@routes.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    exchange = await complete(request.app.state.parts, validated(CompletionRequest, await read_body(request)))
+    return await _answer(request, TextAnswer(exchange))
 
 
 @routes.post("/generate")
@@ -134,12 +127,24 @@ async def read_body(request: Request) -> dict[str, Any]:
         if len(data) > BODY_BYTES:
             raise ApiError(413, f"the body exceeds {BODY_BYTES} bytes", code="body_too_large")
     try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        body = orjson.loads(data)
+    except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if too_deep(body):
+        raise ApiError(400, f"the body is nested deeper than {BODY_DEPTH} levels", code="body_too_deep")
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object, not {type(body).__name__}", code="invalid_json")
     return body
+
+
+def too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(BODY_DEPTH):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 async def until_gone(receive: Receive, work: Awaitable[Result]) -> Result:
@@ -190,15 +195,10 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _tokenise(parts: Parts, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
-    try:
-        text = parts.template.render(plain_messages(messages), variables=variables)
-        text.encode()
-    except (TemplateError, UnicodeEncodeError) as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
-    if len(text) < LONG_TEXT:
-        return parts.vocabulary.encode(text)
-    return await asyncio.to_thread(parts.vocabulary.encode, text)
+async def _answer(request: Request, answer: Answer) -> Response:
+    if answer.asked.stream:
+        return await EventStream.start(request, answer.events())
+    return JSONResponse(await until_gone(request.receive, answer.whole()))
 
 
 def _model(parts: Parts, name: str) -> dict[str, Any]:

@@ -1,146 +1,148 @@
-"""Chunks of tokens as chat completions: whole ones, and the events of streamed ones."""
+"""Answers of /v1/chat/completions and /v1/completions: whole ones, and the events of streamed ones."""
 
 from __future__ import annotations
 
-import base64
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import numpy as np
+import orjson
 
+from postroad_router.choice import Choice
 from postroad_router.errors import ApiError
-from postroad_router.generation import Finish, TokenChunk, version_spans
-from postroad_router.merge import merged
-from postroad_router.openai_types import ChatRequest
-from postroad_router.template import Vocabulary
-from postroad_router.text import TextStream
-
-
-class Choice:
-    """One answer as it grows."""
-
-    def __init__(self, chat: ChatRequest, prompt: list[int], vocabulary: Vocabulary) -> None:
-        self._chat, self._prompt, self._vocabulary = chat, prompt, vocabulary
-        self._text = TextStream(vocabulary.decode, chat.stop_strings)
-        self.tokens: list[int] = []
-        self._log_probabilities: list[float] = []
-        self._versions: list[int] = []
-        self._digests: dict[int, str] = {}
-        self._engine = ""
-        self._experts: np.ndarray | None = None
-        self.finish: Finish | None = None
-
-    def push(self, chunk: TokenChunk) -> str:
-        """Take a chunk; the text that it adds."""
-        self.tokens += chunk.tokens
-        self._log_probabilities += chunk.log_probabilities
-        self._versions += chunk.versions
-        self._digests |= chunk.digests
-        self._engine, self.finish, self._experts = chunk.engine, chunk.finish, chunk.routed_experts
-        text = self._text.push(chunk.tokens)
-        return text + self._text.close() if chunk.finish else text
-
-    def extensions(self) -> dict[str, Any]:
-        """What a client gets that asked for token ids."""
-        if not self._chat.return_token_ids:
-            return {}
-        used = set(self._versions)
-        fields: dict[str, Any] = {
-            "token_ids": self.tokens, "prompt_token_ids": self._prompt, "token_logprobs": self._log_probabilities,
-            "versions": [list(span) for span in version_spans(self._versions)],
-            "digests": {str(version): digest for version, digest in self._digests.items() if version in used},
-            "engine": self._engine,
-        }  # fmt: skip
-        if self._experts is not None:
-            fields["routed_experts"] = {
-                "dtype": self._experts.dtype.str.lstrip("<|"), "shape": list(self._experts.shape),
-                "data": base64.b64encode(self._experts.tobytes()).decode(),
-            }  # fmt: skip
-        return fields
-
-    def log_probabilities(self, chunk: TokenChunk) -> dict[str, Any] | None:
-        """OpenAI's `logprobs` of the chunk's tokens, where asked for."""
-        if not self._chat.logprobs:
-            return None
-        tops = chunk.top or [[] for _ in chunk.tokens]
-        entries = zip(chunk.tokens, chunk.log_probabilities, tops, strict=True)
-        return {"content": [{**self._entry(token, value), "top_logprobs": [self._entry(t, v) for v, t in top]}
-                            for token, value, top in entries], "refusal": None}  # fmt: skip
-
-    def _entry(self, token: int, value: float) -> dict[str, Any]:
-        raw = self._vocabulary.token_bytes(token)
-        return {"token": raw.decode(errors="replace"), "logprob": value, "bytes": list(raw)}
+from postroad_router.exchange import Exchange, Step
+from postroad_router.openai_types import CompletionRequest
 
 
 class Answer:
-    """All choices of one request, fed from the dispatcher's chunks."""
+    """The answer to `exchange` in OpenAI's shape. Subclasses say how a choice looks."""
 
-    def __init__(self, chat: ChatRequest, prompt: list[int], vocabulary: Vocabulary) -> None:
-        self._chat, self._prompt = chat, prompt
-        self._choices = [Choice(chat, prompt, vocabulary) for _ in range(chat.n)]
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.model}
+    whole_object, event_object, prefix = "", "", ""
 
-    async def whole(self, generations: list[AsyncGenerator[TokenChunk, None]]) -> dict[str, Any]:
-        """The chat.completion."""
-        texts = [""] * self._chat.n
-        content: list[list[Any]] = [[] for _ in texts]
-        async with aclosing(merged(generations)) as events:
-            async for number, chunk in events:
-                texts[number] += self._choices[number].push(chunk)
-                content[number] += (self._choices[number].log_probabilities(chunk) or {}).get("content", [])
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange, self.asked = exchange, exchange.asked
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.asked.model}
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def parts(self, step: Step) -> list[dict[str, Any]]:
+        """The choice as it is in the step's events."""
+        raise NotImplementedError
+
+    async def whole(self) -> dict[str, Any]:
+        await self.exchange.whole()
         choices = [
-            {
-                "index": number, "finish_reason": choice.finish,
-                "message": {"role": "assistant", "content": texts[number], "refusal": None},
-                "logprobs": {"content": content[number], "refusal": None} if self._chat.logprobs else None,
-                **choice.extensions(),
-            }
-            for number, choice in enumerate(self._choices)
-        ]  # fmt: skip
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+            {"index": index, **self.choice(choice), **choice.extensions(self.asked.return_token_ids)}
+            for index, choice in enumerate(self.exchange.choices)
+        ]
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": self.exchange.usage}
 
-    async def events(self, generations: list[AsyncGenerator[TokenChunk, None]]) -> AsyncGenerator[bytes, None]:
-        """Server-sent events of chat.completion.chunk, an error among them where the generation fails midway. Raises
-        ApiError where it fails before the first token."""
-        started: set[int] = set()
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, an error among them where the generation fails midway. Raises ApiError where it fails
+        before the first token."""
+        started = False
+        usage = {"usage": None} if self.asked.stream_options and self.asked.stream_options.include_usage else {}
         try:
-            async with aclosing(merged(generations)) as events:
-                async for number, chunk in events:
-                    delta: dict[str, Any] = {} if number in started else {"role": "assistant", "content": ""}
-                    started.add(number)
-                    choice = self._choices[number]
-                    if (text := choice.push(chunk)) or not delta:
-                        delta["content"] = text
-                    if text or chunk.tokens or chunk.finish:
-                        yield self._event([self._streamed(number, choice, chunk, delta)])
+            async with aclosing(self.exchange.steps()) as steps:
+                async for step in steps:
+                    parts = self.parts(step)
+                    if step.chunk.finish:
+                        parts[-1] |= step.choice.extensions(self.asked.return_token_ids)
+                    for part in parts:
+                        started = True
+                        yield self._event([{"index": step.index, **part}], **usage)
         except ApiError as error:
             if not started:
                 raise
-            yield _data(error.body)
+            yield event(error.body)
             return
-        if self._chat.stream_options and self._chat.stream_options.include_usage:
-            yield self._event([], usage=self._usage())
+        if usage:
+            yield self._event([], usage=self.exchange.usage)
         yield b"data: [DONE]\n\n"
 
-    def _streamed(self, number: int, choice: Choice, chunk: TokenChunk, delta: dict[str, Any]) -> dict[str, Any]:
-        extensions = choice.extensions() if chunk.finish else {}
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return event({**self._head, "object": self.event_object, "choices": choices, **more})
+
+
+class ChatAnswer(Answer):
+    whole_object, event_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__(exchange)
+        self._started: set[int] = set()
+        self._calls = [0] * len(exchange.choices)
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        content = choice.content or (None if choice.calls else "")
         return {
-            "index": number, "delta": delta, "finish_reason": chunk.finish,
-            "logprobs": choice.log_probabilities(chunk) if chunk.tokens else None, **extensions,
+            "finish_reason": choice.reason, "message": {**choice.message, "content": content, "refusal": None},
+            "logprobs": self._logprobs(choice.listed),
         }  # fmt: skip
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return _data({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
+    def parts(self, step: Step) -> list[dict[str, Any]]:
+        deltas = [self._delta(step, delta.kind, delta) for delta in step.deltas]
+        if not deltas and (step.chunk.tokens or step.chunk.finish):
+            deltas = [{}]
+        if deltas and step.index not in self._started:
+            self._started.add(step.index)
+            deltas[0] = {"role": "assistant", "content": "", **deltas[0]}
+        parts: list[dict[str, Any]] = [{"delta": delta, "finish_reason": None, "logprobs": None} for delta in deltas]
+        if parts:
+            parts[0]["logprobs"] = self._logprobs(step.choice.entries(step.chunk)) if step.chunk.tokens else None
+            parts[-1]["finish_reason"] = step.choice.reason
+        return parts
 
-    def _usage(self) -> dict[str, int]:
-        completion = sum(len(choice.tokens) for choice in self._choices)
-        prompt = len(self._prompt)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    def _delta(self, step: Step, kind: str, delta: Any) -> dict[str, Any]:
+        if kind != "tool_call":
+            return {"content" if kind == "content" else "reasoning_content": delta.text}
+        number = self._calls[step.index]
+        self._calls[step.index] += 1
+        function = {"name": delta.name, "arguments": delta.text}
+        return {"tool_calls": [{"index": number, "id": delta.id, "type": "function", "function": function}]}
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return None if self.asked.logprobs_wanted is None else {"content": entries, "refusal": None}
 
 
-def _data(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+class TextAnswer(Answer):
+    whole_object, event_object, prefix = "text_completion", "text_completion", "cmpl"
+    asked: CompletionRequest
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__(exchange)
+        self._offsets = [0] * len(exchange.choices)
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        index = self.exchange.choices.index(choice)
+        return {
+            "text": choice.content,
+            "finish_reason": choice.finish,
+            "logprobs": self._logprobs(choice.listed, index),
+        }
+
+    def parts(self, step: Step) -> list[dict[str, Any]]:
+        if not (step.chunk.tokens or step.chunk.finish):
+            return []
+        entries = step.choice.entries(step.chunk) if self.asked.logprobs_wanted is not None else []
+        text = "".join(delta.text for delta in step.deltas)
+        return [{"text": text, "finish_reason": step.chunk.finish, "logprobs": self._logprobs(entries, step.index)}]
+
+    def _logprobs(self, entries: list[dict[str, Any]], index: int) -> dict[str, Any] | None:
+        if self.asked.logprobs_wanted is None:
+            return None
+        offsets = []
+        for entry in entries:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(entry["token"])
+        return {
+            "tokens": [entry["token"] for entry in entries], "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+            "text_offset": offsets,
+        }  # fmt: skip
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postroad_router.families import FAMILIES, family_of
+
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 
@@ -24,6 +26,8 @@ class ModelFacts:
     experts: int = 0
     experts_per_token: int = 1
     moe_layers: tuple[int, ...] = ()
+    layers: int = 0
+    family: str = "default"
 
 
 def read_model(folder: Path) -> ModelFacts:
@@ -36,10 +40,14 @@ def read_model(folder: Path) -> ModelFacts:
     experts = next((int(text[key]) for key in EXPERTS if text.get(key)), 0)
     if "vocab_size" not in text:
         raise ModelFolderError(f"{folder / 'config.json'} has no vocab_size")
+    family = next(
+        (f for kind in (config, text) if (f := family_of(str(kind.get("model_type")))).models), FAMILIES["default"]
+    )
     if not experts:
-        return ModelFacts(int(text["vocab_size"]), end_ids)
+        return ModelFacts(int(text["vocab_size"]), end_ids, family=family.name)
     per_token = next((int(text[key]) for key in PER_TOKEN if text.get(key)), 1)
-    return ModelFacts(int(text["vocab_size"]), end_ids, experts, per_token, _moe_layers(text))
+    layers = int(text["num_hidden_layers"])
+    return ModelFacts(int(text["vocab_size"]), end_ids, experts, per_token, _moe_layers(text), layers, family.name)
 
 
 def _moe_layers(config: dict[str, Any]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ raise_exception, strftime_now and tojson.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special: dict[int, str] = {token: entry.content for token, entry in added.items() if entry.special}
         self._bytes_of = _byte_alphabet() if _is_byte_level(tokenizer) else {}
 
     def encode(self, text: str) -> list[int]:
@@ -84,6 +86,15 @@ class Vocabulary:
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=not special))
+
+    def reader(self, markup: frozenset[str]) -> Callable[[Sequence[int]], str]:
+        """Like decode, with the special tokens of `markup` left in."""
+        hidden = {token for token, content in self.special.items() if content not in markup}
+
+        def read(tokens: Sequence[int]) -> str:
+            return self.decode([token for token in tokens if token not in hidden], special=True)
+
+        return read
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which may be a part of a character."""

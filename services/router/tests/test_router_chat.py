@@ -125,20 +125,26 @@ BAD = {
     "too long an answer": ({"max_tokens": 250}, openai.BadRequestError, "context_length_exceeded", "messages"),
     "temperature": ({"temperature": -1}, openai.BadRequestError, "invalid_value", "temperature"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-              openai.BadRequestError, "invalid_value", "messages.0"),
+              openai.BadRequestError, "invalid_value", "messages.0.content"),
     "no role": ({"messages": [{"content": "x"}]}, openai.BadRequestError, "invalid_value", "messages.0"),
     "code": ({"extra_body": {"custom_logit_processor": "gASV"}}, openai.BadRequestError, "forbidden_parameter",
              "custom_logit_processor"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "invalid_value",
-              "tools"),
+    "a tool without a name": ({"tools": [{"type": "function", "function": {}}]}, openai.BadRequestError,
+                              "invalid_value", "tools.0.function.name"),
+    "a choice without tools": ({"tool_choice": "required"}, openai.BadRequestError, "invalid_value", "tool_choice"),
+    "a schema that no engine keeps to": ({"response_format": {"type": "json_object"}}, openai.BadRequestError,
+                                         "unsupported_parameter", "response_format"),
+    "a penalty": ({"frequency_penalty": 0.5}, openai.BadRequestError, "invalid_value", "frequency_penalty"),
+    "many messages": ({"messages": MESSAGES * 10_000}, openai.BadRequestError, "invalid_value", "messages"),
     "top without logprobs": ({"top_logprobs": 3}, openai.BadRequestError, "invalid_value", "top_logprobs"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_bad_requests_are_refused_in_openais_shape(mesh: Any, stub_engine: Any, name: str) -> None:
+async def test_bad_requests_are_refused_in_openais_shape(mesh: Any, stub_engine: Any, until: Any, name: str) -> None:
     parameters, kind, code, param = BAD[name]
     engine = await mesh.add(stub_engine("e0"))
+    await until(mesh.known)
     with pytest.raises(kind) as caught:
         await ask(mesh, **parameters)
     assert (caught.value.code, caught.value.param, caught.value.type) == (code, param, "invalid_request_error")
@@ -156,7 +162,7 @@ async def test_text_that_is_no_text(mesh: Any) -> None:
     body = b'{"model": "stub", "messages": [{"role": "user", "content": "\\ud800"}]}'
     async with mesh.http() as client:
         answer = await client.post("/v1/chat/completions", content=body)
-    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_messages"
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_json"
 
 
 async def test_strangers_are_refused(mesh: Any, stub_engine: Any) -> None:
