@@ -166,7 +166,7 @@ def test_the_plan_of_a_recipe():
     names = [service.name for service in planned]
     assert names == ["engine-0", "engine-1", "router-0", "reward-0", "worker-0", "worker-1", "trainer"]
     assert planned[0].command == (sys.executable, "-m", "postroad_rollout.engine_service")
-    assert planned[-1].command[1:5] == ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert planned[-1].command[1:] == ("-m", "postroad_trainer.launch", "2")
     assert services(recipe())[-1].command == (sys.executable, "-m", "postroad_trainer")
 
 

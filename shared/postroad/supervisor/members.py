@@ -38,7 +38,7 @@ def _port(info: dict[str, Any]) -> int | None:
 
 
 def of_process(members: list[Member], pid: int) -> Member | None:
-    """The member that is the process `pid` or a child of it (a rank that torchrun started)."""
+    """The member that is the process `pid` or a child of it (a trainer's rank)."""
     for member in members:
         if member.pid == pid or (member.pid is not None and _parent(member.pid) == pid):
             return member

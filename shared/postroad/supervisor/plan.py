@@ -20,7 +20,7 @@ SERVERS: tuple[Kind, ...] = ("valkey", "nats")
 
 @dataclass(frozen=True)
 class Service:
-    """A process to be kept alive. `name` is its POSTROAD_NAME and names its log."""
+    """A process to be kept alive. `name` is its POSTROAD_NAME and names its log, `port` its POSTROAD_PORT."""
 
     kind: Kind
     name: str
@@ -31,11 +31,12 @@ class Service:
 def services(recipe: Recipe) -> list[Service]:
     """The services of the mesh, without its servers."""
     python = sys.executable
+    port = free_port() if recipe.router.replicas > 1 else None  # replicas listen on one
     engine, worker = engine_command(recipe), (python, "-m", "postroad_rollout.worker")
     return [
         *(Service("engine", f"engine-{number}", (*engine, *role_of(recipe, number)))
           for number in range(recipe.rollout.engines)),
-        *(Service("router", f"router-{number}", (python, "-m", "postroad_router"))
+        *(Service("router", f"router-{number}", (python, "-m", "postroad_router"), port)
           for number in range(recipe.router.replicas)),
         Service("reward", "reward-0", (python, "-m", "postroad_reward")),
         *(Service("worker", f"worker-{number}", worker) for number in range(recipe.rollout.workers)),
@@ -58,10 +59,7 @@ def engine_command(recipe: Recipe) -> tuple[str, ...]:
 def trainer_command(processes: int) -> tuple[str, ...]:
     if processes == 1:
         return (sys.executable, "-m", "postroad_trainer")
-    return (
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-        "--master-port", str(free_port()), "-m", "postroad_trainer",
-    )  # fmt: skip
+    return (sys.executable, "-m", "postroad_trainer.launch", str(processes))
 
 
 def service_environment(folder: RunFolder, record: RunRecord, urls: Urls) -> dict[str, str]:

@@ -17,7 +17,7 @@ ORPHANED = 143  # exit code of a child whose parent was gone before it could ask
 
 def die_with_parent() -> None:
     """Ask the kernel to SIGKILL this process when the thread that started it ends. Services call it first in main, so
-    that it holds for the ranks that torchrun starts too."""
+    that it holds for the ranks of a trainer too."""
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
