@@ -83,8 +83,9 @@ class _Client(redis.Redis):
 class Store:
     """Keys of one run. All methods retry over a restart of the server and raise StoreError after that."""
 
-    def __init__(self, client: redis.Redis, run: str) -> None:
+    def __init__(self, client: redis.Redis, binary: redis.Redis, run: str) -> None:
         self.client = client
+        self.binary = binary  # the same server, for values that are not text
         self.run = run
         self._compare_and_set = client.register_script(_COMPARE_AND_SET)
         self._acquire = client.register_script(_ACQUIRE)
@@ -93,10 +94,13 @@ class Store:
 
     @classmethod
     async def connect(cls, url: str, run: str, *, deadline_s: float = 30.0) -> Store:
-        client = _Client.from_url(
-            url, decode_responses=True, socket_timeout=OPERATION_S, socket_connect_timeout=2.0,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), RETRIES),
-            retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
+        client, binary = (
+            _Client.from_url(
+                url, decode_responses=text, socket_timeout=OPERATION_S, socket_connect_timeout=2.0,
+                retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), RETRIES),
+                retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
+            )
+            for text in (True, False)
         )  # fmt: skip
         # AuthenticationError is a ConnectionError, which the client above retries: knock without retries first
         probe = redis.Redis.from_url(
@@ -116,10 +120,11 @@ class Store:
                     await asyncio.sleep(0.1)
         finally:
             await probe.aclose()
-        return cls(client, run)
+        return cls(client, binary, run)
 
     async def close(self) -> None:
         await self.client.aclose()
+        await self.binary.aclose()
 
     def key(self, *parts: str) -> str:
         return ":".join(("postroad", self.run, *parts))
@@ -145,6 +150,10 @@ class Store:
         """(version, value) of a document written by compare_and_set; ("", None) where there is none."""
         version, data = await self.client.hmget(self.key("versioned", name), ["version", "data"])
         return (str(version), json.loads(data or "null")) if version is not None else ("", None)
+
+    async def version_of(self, name: str) -> str:
+        """The version alone of such a document; "" where there is none."""
+        return str(await self.client.hget(self.key("versioned", name), "version") or "")
 
     # ── leases ───────────────────────────────────────────────────────────────────────────────────────────────────
     async def acquire(self, name: str, holder: str, ttl_s: float) -> Lease:
