@@ -18,6 +18,7 @@ import yaml
 from postroad.bus import Bus
 from postroad.messages import DeadLetter, RewardSpec, Sample, Sampling, Task, Trajectory, VersionSpan
 from postroad.store import Store
+from postroad_reward.sandbox import Limits, Sandbox, SandboxUnavailable
 
 HERE = Path(__file__).parent
 RUN = "r"
@@ -106,3 +107,26 @@ def gone() -> Callable[[int], bool]:
         return state == "Z"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def started_sandbox():
+    """A function that starts sandboxes with tight limits; the test is skipped where this machine can't run one."""
+
+    async def start(**keywords: Any) -> Sandbox:
+        limits = Limits(memory_bytes=384 << 20, disk_bytes=8 << 20, output_bytes=64 << 10, processes=16)
+        sandbox = Sandbox(limits, **keywords)
+        try:
+            await sandbox.start()
+        except SandboxUnavailable as error:
+            pytest.skip(str(error))
+        return sandbox
+
+    return start
+
+
+@pytest.fixture
+async def sandbox(started_sandbox):
+    sandbox = await started_sandbox(size=2)
+    yield sandbox
+    await sandbox.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +31,11 @@ class Job:
     stdin: bytes = b""
     files: dict[str, bytes] = field(default_factory=dict)
     deadline_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for path in self.files:
+            if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"a job's file must have a relative path without '..', not {path!r}")
 
 
 @dataclass(frozen=True)

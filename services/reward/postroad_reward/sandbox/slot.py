@@ -90,11 +90,13 @@ class Slot:
             "files": {path: base64.b64encode(content).decode() for path, content in job.files.items()},
             "session": session, "life_s": life_s or job.deadline_s,
         })  # fmt: skip
-        watch = asyncio.create_task(self._watch_memory())
+        watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(job.deadline_s + SLACK_S):
                 answer = await self._receive()
                 self.alive = answer.pop("alive")
+                if answer["status"] == "lost":
+                    raise SandboxLost(f"the sandbox could not set the job up: {answer['stderr']}")
                 return Result(**answer)
         except TimeoutError as error:
             raise SandboxLost(f"the sandbox did not answer {SLACK_S:g} s after the job's deadline") from error
@@ -106,25 +108,34 @@ class Slot:
 
     async def kill(self) -> None:
         """Kill everything in the sandbox; returns when it is gone."""
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            os.close(self._pidfd)
-            self._pidfd = -1
+        self._kill_inner()
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self._stdin.close()
         await self.process.wait()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
         if self._group is not None:
             await asyncio.to_thread(self._group.remove)
             self._group = None
 
-    async def _watch_memory(self) -> None:
-        """End the job when all its processes together take more than one may: no rlimit says that."""
+    def _kill_inner(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def _watch(self) -> None:
+        """End the job when all its processes together take more memory than one may, which no rlimit says, and the
+        sandbox when bwrap is gone: where root runs it, its own death signal can't reach a process of another user."""
         while True:
             await asyncio.sleep(WATCH_S)
+            if self.process.returncode is not None:
+                self._kill_inner()
+                return
             if memory_bytes(descendants(self.process.pid)) - self._idle_bytes > self.limits.memory_bytes:
-                await self._send({"kill": "memory"})
+                with contextlib.suppress(SandboxLost):  # whoever waits for the answer sees that too
+                    await self._send({"kill": "memory"})
                 return
 
     async def _last_words(self) -> str:

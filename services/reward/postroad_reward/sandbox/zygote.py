@@ -32,8 +32,9 @@ from typing import Any
 NEW_NAMESPACES = 0x00020000 | 0x08000000  # CLONE_NEWNS, CLONE_NEWIPC
 NEW_USER, NEW_PID = 0x10000000, 0x20000000
 NO_SET_UID, NO_DEVICES, NO_EXECUTION = 2, 4, 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC
-DIE_WITH_PARENT, DROP_BOUND, SET_SECCOMP, SET_SECURE_BITS, FILTER_MODE = 1, 24, 22, 28, 2
+DROP_BOUND, SET_SECCOMP, SET_SECURE_BITS, FILTER_MODE = 24, 22, 28, 2
 NO_ROOT = 0x2F  # SECBIT_NOROOT and NO_SETUID_FIXUP, locked, and KEEP_CAPS locked off
+BROKEN = 70  # exit code of a job's first process where it could not set the job up
 ORDERS, REPORTS = 60, 61  # descriptors of a job's processes
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -116,8 +117,11 @@ class Child:
                     os.dup2(old, new)
                 os.closerange(3, ORDERS)
                 first(cage)
+            except BaseException:  # noqa: BLE001  reported below
+                traceback.print_exc()
+                sys.stderr.flush()
             finally:
-                os._exit(70)
+                os._exit(BROKEN)
         call("setns", own, NEW_PID)  # or the next unshare would fail
         for descriptor in (orders, stdout, stderr, reports):
             os.close(descriptor)
@@ -125,12 +129,13 @@ class Child:
         for descriptor in (self.stdout, self.stderr, self.reports):
             os.set_blocking(descriptor, False)
 
-    def end(self) -> None:
-        """Kill the job and all that it started; returns when all of it is gone."""
+    def end(self) -> bool:
+        """Kill the job and all that it started; returns when all of it is gone. True where it broke by our fault."""
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        _, status = os.waitpid(self.pid, 0)
         for descriptor in (self.orders, self.stdout, self.stderr, self.reports, self.pidfd):
             os.close(descriptor)
+        return os.waitstatus_to_exitcode(status) == BROKEN
 
 
 def first(cage: Cage) -> None:
@@ -316,7 +321,6 @@ def main() -> None:
         os.setgroups([])
         os.setresgid(*[order["uid"]] * 3)
         os.setresuid(*[order["uid"]] * 3)
-        call("prctl", DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)  # bwrap had set it; the change of user took it back
         call("unshare", NEW_USER | NEW_PID)
         write_frame(1, {"status": "map"})
         read_frame(0)
@@ -334,9 +338,10 @@ def main() -> None:
             answer, alive = serve(cage, child, order)
         elif not order.get("end"):
             continue  # a kill that came too late
-        if not alive:
-            child.end()
+        broken = not alive and child.end()
         if "code" in order:
+            if broken:
+                answer["status"] = "lost"
             write_frame(1, answer)
         if not alive:
             child = Child(cage, own)
