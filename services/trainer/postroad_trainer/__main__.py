@@ -9,15 +9,17 @@ import sys
 
 from postroad.config import Environment, Recipe
 from postroad.service import run_service
+from postroad_trainer.algorithms import AlgorithmError
 from postroad_trainer.backend import BackendError
 from postroad_trainer.batch import RowError
 from postroad_trainer.checkpoint import CheckpointError
 from postroad_trainer.data import DataError
 from postroad_trainer.ledger import FilterExhausted
 from postroad_trainer.models import ModelError
+from postroad_trainer.plug_points import PlugPointError
 from postroad_trainer.ranks import follow, rank
 from postroad_trainer.retrain import Divergence
-from postroad_trainer.service import TrainerService
+from postroad_trainer.service import NotFiniteGradients, TrainerService
 
 TERMINATED = 143
 
@@ -52,5 +54,8 @@ if __name__ == "__main__":
             FilterExhausted,
             ModelError,
             Divergence,
+            AlgorithmError,
+            PlugPointError,
+            NotFiniteGradients,
         )
     )

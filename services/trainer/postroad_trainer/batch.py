@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-Reducer = Literal["token", "sample", "constant"]
+from postroad.config.algorithm import AlgorithmSection
 
 
 class RowError(ValueError):
@@ -22,6 +22,9 @@ class TrainRow:
 
     tokens: int32 [T], prompt first. loss_mask: uint8 [T], 1 where the token is trained.
     logprobs: float32 [T], the engine's log-probability of the token, 0 where the mask is 0.
+    advantage: of every trained token, or float32 [T].
+    scores: the trainer's, reference's and teacher's log-probabilities by role, float32 [T] as logprobs.
+    execution: rows of one attempt have the same name; "": a row is an attempt.
     routed_experts: uint8 or uint16 [T-1, L, k]; row t holds the experts used when token t is the input.
     """
 
@@ -30,8 +33,15 @@ class TrainRow:
     tokens: np.ndarray
     loss_mask: np.ndarray
     logprobs: np.ndarray
-    advantage: float
+    advantage: float | np.ndarray
     routed_experts: np.ndarray | None = None
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    execution: str = ""
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool [T]: the tokens that are trained."""
+        return self.loss_mask.astype(bool)
 
     def validate(self, vocab_size: int, max_length: int) -> None:
         """Raises RowError unless the row can be trained by a model of vocab_size ids and rows of max_length tokens."""
@@ -66,14 +76,18 @@ class TrainRow:
 
     def _validate_training(self) -> None:
         if not self.loss_mask.any():
-            self._fail("no token is trained (the loss mask is all 0); drop the sample before the step")
+            return  # it is not run; its reward counts in the mean of its group
         if int(self.loss_mask.max()) > 1:
             self._fail(f"the loss mask holds {int(self.loss_mask.max())}; only 0 and 1 have a meaning")
         if self.loss_mask[0]:
             self._fail("token 0 is trained, but nothing comes before it to predict it from; mask it")
-        if not math.isfinite(self.advantage):
-            self._fail(f"the advantage is {self.advantage}; look for a reward that isn't finite")
-        trained = self.logprobs[self.loss_mask.astype(bool)]
+        advantages = np.broadcast_to(self.advantage, self.tokens.shape)[self.trained]
+        if not np.isfinite(advantages).all():
+            self._fail(f"an advantage is {advantages.max()}; look for a reward or a score that isn't finite")
+        for role, score in self.scores.items():
+            if score.shape != self.tokens.shape or not np.isfinite(score[self.trained]).all():
+                self._fail(f"the {role} log-probabilities {score.shape} are not one finite number for each token")
+        trained = self.logprobs[self.trained]
         if not np.isfinite(trained).all() or float(trained.max()) > 1e-3:
             self._fail(f"an engine log-probability is {float(trained.max())} (finite and not above 0 expected)")
 
@@ -109,37 +123,23 @@ class TrainRow:
 class StepSettings:
     """How one optimizer step is taken. The learning rate is this step's own: the schedule lives outside.
 
-    clip_low, clip_high: the probability ratio is clipped to [1 - clip_low, 1 + clip_high].
-    tis_cap: upper bound of the importance weight trainer/engine; None: no correction.
+    algorithm: what makes the loss; constant_length is filled in where the reducer needs it.
     temperature: the sampling temperature, by which logits are divided.
     grad_clip: largest gradient norm; 0 does not clip.
-    constant_length: the divisor of the "constant" reducer, in tokens.
     """
 
     learning_rate: float
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    tis_cap: float | None = 2.0
+    algorithm: AlgorithmSection = field(default_factory=AlgorithmSection)
     temperature: float = 1.0
     grad_clip: float = 1.0
-    reducer: Reducer = "token"
-    constant_length: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise ValueError(f"learning_rate is {self.learning_rate}; a finite number, 0 or more, is needed")
-        if not 0 <= self.clip_low < 1 or self.clip_high < 0:
-            raise ValueError(f"clip_low {self.clip_low} must be in [0, 1) and clip_high {self.clip_high} not negative")
-        if self.tis_cap is not None and self.tis_cap <= 0:
-            raise ValueError(f"tis_cap is {self.tis_cap}; give a number above 0, or null for no correction")
         if self.temperature <= 0 or self.grad_clip < 0:
             raise ValueError(
                 f"temperature {self.temperature} must be above 0 and grad_clip {self.grad_clip} not negative"
             )
-        if self.reducer not in ("token", "sample", "constant"):
-            raise ValueError(f"reducer is {self.reducer!r}; token, sample or constant expected")
-        if self.reducer == "constant" and (self.constant_length or 0) < 1:
-            raise ValueError("the constant reducer needs constant_length, a number of tokens of at least 1")
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,14 @@ class StepResult:
     """What a step did. Means run over the trained tokens that were run through the model; None: none was.
 
     loss: the value whose gradient was taken. grad_norm: before clipping, None when nothing was run.
-    skipped: the weights were not touched, for skip_reason. rows_skipped: rows of advantage 0, not run.
+    skipped: the weights were not touched, for skip_reason. gradients_not_finite: 1 where that was the reason.
+    rows_skipped: rows that no term of the loss needs, not run;
+    rows_masked: those of them that have no trained token.
     tokens: of all rows; computed_tokens: positions run by all ranks (prompts once per shared tree).
     prompts_not_shared: rows whose recorded prompt experts differ from their group's first row.
     experts_differ_fraction: token-layers where the trainer's own router would have chosen another set.
+    sums: of the loss's terms over the trained tokens that were run (objective.SUMS).
+    scores: by row float32 [2, T], log-probability and entropy of the trained tokens in this forward; None: not run.
     seconds: wall time of the phases plan, forward_backward, optimizer, total.
     """
 
@@ -158,17 +162,49 @@ class StepResult:
     grad_norm: float | None
     skipped: bool
     skip_reason: str | None
+    gradients_not_finite: int
     rows: int
     rows_skipped: int
+    rows_masked: int
     tokens: int
     trained_tokens: int
     computed_tokens: int
     logprob_abs_diff_mean: float | None
     logprob_abs_diff_max: float | None
-    clip_fraction: float | None
-    tis_mean: float | None
     entropy: float | None
-    kl_k3: float | None
     experts_differ_fraction: float | None
     prompts_not_shared: int
     seconds: Mapping[str, float]
+    sums: Mapping[str, float] = field(default_factory=dict)
+    scores: Sequence[np.ndarray | None] = ()
+
+
+COUNTS = ("rows", "rows_skipped", "rows_masked", "tokens", "trained_tokens", "computed_tokens", "prompts_not_shared")
+MEANS = ("loss", "grad_norm", "logprob_abs_diff_mean", "entropy", "experts_differ_fraction")
+
+
+def merged(results: Sequence[StepResult]) -> StepResult:
+    """The result of the several updates of a step: counts, sums and seconds add up, other numbers are means of the updates
+    that ran. Skipped where none changed the weights."""
+    if len(results) == 1:
+        return results[0]
+
+    def known(name: str) -> list[float]:
+        return [value for result in results if (value := getattr(result, name)) is not None]
+
+    def added(mappings: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: sum(m.get(name, 0.0) for m in mappings) for name in dict.fromkeys(k for m in mappings for k in m)}
+
+    reasons = [result.skip_reason for result in results if result.skip_reason]
+    numbers: dict[str, Any] = {name: sum(known(name)) for name in COUNTS}
+    numbers |= {name: sum(known(name)) / len(known(name)) if known(name) else None for name in MEANS}
+    return StepResult(
+        **numbers,
+        skipped=all(result.skipped for result in results),
+        skip_reason="; ".join(reasons) or None,
+        gradients_not_finite=sum(result.gradients_not_finite for result in results),
+        logprob_abs_diff_max=max(known("logprob_abs_diff_max"), default=None),
+        seconds=added([result.seconds for result in results]),
+        sums=added([result.sums for result in results]),
+        scores=[score for result in results for score in result.scores or [None] * result.rows],
+    )

@@ -20,7 +20,6 @@ from postroad.config import Recipe
 from postroad.messages import Sample, decode, encode
 from postroad.weights import Snapshot
 from postroad_trainer.backend import enter_thread
-from postroad_trainer.batch import StepResult
 from postroad_trainer.training import Training
 
 _Result = TypeVar("_Result")
@@ -58,9 +57,14 @@ class Leader:
     async def open(self) -> None:
         self._training = await self._thread.run(Training, self._recipe, self._model)
 
-    async def step(self, groups: Sequence[Sequence[Sample]], version: int) -> tuple[StepResult, str]:
+    async def step(self, groups: Sequence[Sequence[Sample]], version: int) -> tuple[dict[str, float], str]:
         encoded = [[encode(sample) for sample in samples] for samples in groups] if world_size() > 1 else []
         return await self._all("step", lambda t: t.step(groups, version), groups=encoded, version=version)
+
+    async def score(self, samples: Sequence[Sample]) -> float:
+        """The mean negative log-probability of the samples' trained tokens."""
+        encoded = [[encode(sample) for sample in samples]] if world_size() > 1 else []
+        return await self._all("score", lambda t: t.score(samples), groups=encoded)
 
     async def digest(self) -> str:
         return await self._all("digest", lambda t: t.digest())
@@ -99,6 +103,8 @@ def follow(recipe: Recipe, model: Path) -> None:
         match order["command"]:
             case "step":
                 training.step([[_sample(data) for data in group] for group in order["groups"]], order["version"])
+            case "score":
+                training.score([_sample(data) for data in order["groups"][0]])
             case "digest":
                 training.digest()
             case "freeze":

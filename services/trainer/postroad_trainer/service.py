@@ -23,15 +23,18 @@ from postroad_trainer.evaluation import Evaluator
 from postroad_trainer.export import export_model
 from postroad_trainer.feeder import group_name, group_number
 from postroad_trainer.ledger import Batch, Ledger, LedgerSettings
-from postroad_trainer.metrics import batch_metrics
 from postroad_trainer.ranks import Leader, TorchThread
 from postroad_trainer.retrain import Divergence, retrain
 from postroad_trainer.road import Road
-from postroad_trainer.training import metrics_of
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0
+BROKEN_STEPS = 3
+
+
+class NotFiniteGradients(RuntimeError):
+    """The run makes NaN: it would only go on wasting samples."""
 
 
 @dataclass
@@ -76,6 +79,7 @@ class TrainerService:
         self.checkpoints = Checkpoints(environment.folder / "checkpoints", environment.run, checkpoint.keep)
         self.staleness_max = 0
         self.position = Position(environment.run, 0, 0, "", 0, 1)
+        self._broken, self._seconds_before = 0, dict[str, float]()
 
     async def run(self) -> None:
         """Train to the recipe's last step. Raises what ends the run; a clean return is a finished run."""
@@ -168,16 +172,19 @@ class TrainerService:
         groups = [[road.samples[member.sample] for member in members] for members in batch.groups]
         version = self.position.version
         with span("step", number=version + 1):
-            result, digest = await self.leader.step(groups, version)
+            metrics, digest = await self.leader.step(groups, version)
             trained = time.monotonic()
             step = self._step_record(batch, groups, digest)
             step = step.model_copy(update={
                 "seconds": trained - started,
-                "metrics": {**metrics_of(result), **batch_metrics(groups, version),
-                            "seconds_wait": waited - started, "seconds_train": trained - waited},
+                "metrics": {**metrics, "seconds_wait": waited - started, "seconds_train": trained - waited,
+                            **self._seconds_before},
             })  # fmt: skip
             await self._log(step)
+            self._count_broken(step)
+            published = time.monotonic()
             await self._publish(step.version, digest)
+            self._seconds_before = {"seconds_publish_before": time.monotonic() - published}
             road.complete_step(batch, step.version)
         self.position = Position(
             self.environment.run, step.number, step.version, digest, road.ledger.resolved_below, road.sample_sequence()
@@ -186,6 +193,16 @@ class TrainerService:
         await self._tell()
         if step.number % self.recipe.trainer.checkpoint.every == 0 or step.number == self.recipe.trainer.steps:
             await self._checkpoint()
+
+    def _count_broken(self, step: Step) -> None:
+        """Raises NotFiniteGradients at the third step in a row whose gradient was not finite."""
+        self._broken = self._broken + 1 if step.metrics.get("gradients_not_finite") else 0
+        if self._broken == BROKEN_STEPS:
+            first = step.number - BROKEN_STEPS + 1
+            raise NotFiniteGradients(
+                f"the gradients of steps {first} to {step.number} were not finite; their batches are in the log: look at "
+                f"them with `postroad replay --steps {first}:{step.number}` and other settings (--set)"
+            )
 
     def _step_record(self, batch: Batch, groups: list[list[Sample]], digest: str) -> Step:
         version = self.position.version

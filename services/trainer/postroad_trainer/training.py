@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,48 +14,27 @@ import torch
 from postroad.config import Recipe
 from postroad.messages import Sample
 from postroad.weights import Snapshot
-from postroad_trainer.algorithms import grpo_advantages
+from postroad_trainer.algorithms import require_parts
 from postroad_trainer.backend import BackendSettings, MegatronBackend
-from postroad_trainer.batch import StepResult, StepSettings, TrainRow
+from postroad_trainer.batch import StepResult, StepSettings, TrainRow, merged
+from postroad_trainer.conversion import Groups, rows_of, shaped_rewards, with_advantages, without
+from postroad_trainer.metrics import Trained, flops_per_token, step_metrics
+from postroad_trainer.models import read_configuration
+from postroad_trainer.plug_points import PlugPointError, plug_point
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
-
-
-def rows_of(groups: Sequence[Sequence[Sample]], *, normalise_std: bool) -> list[TrainRow]:
-    """The rows of a batch in its order, with each group's advantages."""
-    rows = []
-    for samples in groups:
-        rewards = torch.tensor([[sample.reward for sample in samples]], dtype=torch.float64)
-        advantages = grpo_advantages(rewards, normalise_std)[0].tolist()
-        for sample, advantage in zip(samples, advantages, strict=True):
-            trajectory = sample.trajectory
-            rows.append(
-                TrainRow(
-                    sample_id=sample.id,
-                    group=sample.group,
-                    tokens=trajectory.tokens,
-                    loss_mask=trajectory.loss_mask,
-                    logprobs=trajectory.log_probabilities,
-                    advantage=advantage,
-                    routed_experts=trajectory.routed_experts,
-                )
-            )
-    return rows
 
 
 def step_settings(recipe: Recipe, version: int) -> StepSettings:
     """Settings of the step that trains `version`; the learning rate rises linearly over the warm-up steps."""
     trainer = recipe.trainer
     warmup = min(1.0, (version + 1) / trainer.warmup_steps) if trainer.warmup_steps else 1.0
+    length = trainer.algorithm.constant_length or recipe.rollout.sampling.max_new_tokens
     return StepSettings(
         learning_rate=trainer.learning_rate * warmup,
-        clip_low=trainer.algorithm.clip_low,
-        clip_high=trainer.algorithm.clip_high,
-        tis_cap=trainer.algorithm.weight_high,
-        temperature=recipe.rollout.sampling.temperature,
+        algorithm=trainer.algorithm.model_copy(update={"constant_length": length}),
+        temperature=1.0 if trainer.algorithm.supervised else recipe.rollout.sampling.temperature,
         grad_clip=trainer.grad_clip,
-        reducer=trainer.algorithm.reducer,
-        constant_length=recipe.rollout.sampling.max_new_tokens,
     )
 
 
@@ -62,7 +43,12 @@ class Training:
 
     def __init__(self, recipe: Recipe, model: Path) -> None:
         trainer = recipe.trainer
-        self.recipe = recipe
+        self.recipe, self.algorithm = recipe, trainer.algorithm
+        self._configuration = read_configuration(model).values
+        require_parts(self.algorithm)
+        self.plugs = {
+            name: plug_point(f"trainer.plug_points.{name}", path) for name, path in trainer.plug_points if path
+        }
         self.backend = MegatronBackend(
             BackendSettings(
                 model_path=model,
@@ -74,14 +60,71 @@ class Training:
                 freeze_embedding=trainer.freeze_embedding,
                 micro_batch_tokens=trainer.micro_batch_tokens,
                 seed=recipe.seed,
-            )
+            ),
+            keep_reference=self.algorithm.needs_reference,
         )
 
-    def step(self, groups: Sequence[Sequence[Sample]], version: int) -> tuple[StepResult, str]:
-        """Train `version` on the batch; the result and the digest of the parameters that it made."""
-        rows = rows_of(groups, normalise_std=self.recipe.trainer.algorithm.advantage == "group")
-        result = self.backend.train_step(rows, step_settings(self.recipe, version))
-        return result, self.backend.digest()
+    def step(self, groups: Groups, version: int) -> tuple[dict[str, float], str]:
+        """Train `version` on the batch; its metrics and the digest of the parameters that it made."""
+        started, settings = time.perf_counter(), step_settings(self.recipe, version)
+        rows, seconds = self._scored(self._rows(groups), settings)
+        rows = with_advantages(rows, self._rewards(groups), settings.algorithm)
+        result = merged([self._update(part, settings) for part in self._parts(rows, groups)])
+        updated = time.perf_counter()
+        digest = self.backend.digest()
+        length = float(np.mean([len(row.tokens) for row in rows]))
+        metrics = step_metrics(Trained(groups, rows, result, version), flops_per_token(self._configuration, length))
+        seconds |= {"seconds_digest": time.perf_counter() - updated, "seconds_total": time.perf_counter() - started}
+        return metrics | seconds, digest
+
+    def _rows(self, groups: Groups) -> list[TrainRow]:
+        rows = self.plugs["rows"](groups, rows_of) if "rows" in self.plugs else rows_of(groups)
+        samples = [sample for members in groups for sample in members]
+        if [row.sample_id for row in rows] != [sample.id for sample in samples]:
+            raise PlugPointError("trainer.plug_points.rows must give a row for each sample, in their order")
+        kept = [not self.algorithm.mask_truncated or sample.trajectory.finish_reason != "length" for sample in samples]
+        if "sample_filter" in self.plugs:
+            chosen = self.plugs["sample_filter"](samples)
+            kept = [one and bool(other) for one, other in zip(kept, chosen, strict=True)]
+        return without(rows, kept)
+
+    def _rewards(self, groups: Groups) -> list[float]:
+        rewards = shaped_rewards(groups, self.recipe)
+        return list(self.plugs["rewards"](groups, rewards)) if "rewards" in self.plugs else rewards
+
+    def _scored(self, rows: list[TrainRow], settings: StepSettings) -> tuple[list[TrainRow], dict[str, float]]:
+        """The rows with the log-probabilities that the algorithm needs before the first update; seconds of each pass."""
+        anchor, seconds = settings.algorithm.anchor, {}
+        roles: list[str] = [anchor] if anchor in ("old", "proximal") else []
+        for role in [*roles, "reference"] if settings.algorithm.needs_reference else roles:
+            started = time.perf_counter()
+            if hook := self.plugs.get("before_log_probabilities"):
+                hook(self.backend, rows, role)
+            scores = self.backend.logprobs(rows, settings.temperature, reference=role == "reference")
+            rows = [
+                dataclasses.replace(row, scores={**row.scores, role: score})
+                for row, score in zip(rows, scores, strict=True)
+            ]
+            seconds[f"seconds_{role}"] = time.perf_counter() - started
+        return rows, seconds
+
+    def _parts(self, rows: list[TrainRow], groups: Groups) -> list[list[TrainRow]]:
+        """The rows of each optimizer update: whole groups, equally many."""
+        size = len(groups) // self.algorithm.updates
+        ends = np.cumsum([0, *(len(members) for members in groups)])[::size]
+        return [rows[start:end] for start, end in itertools.pairwise(ends)]
+
+    def _update(self, rows: list[TrainRow], settings: StepSettings) -> StepResult:
+        if hook := self.plugs.get("before_step"):
+            hook(self.backend, rows, settings)
+        return self.backend.train_step(rows, settings)
+
+    def score(self, samples: Sequence[Sample]) -> float:
+        """The mean negative log-probability of the samples' trained tokens."""
+        rows = rows_of([samples])
+        scores = self.backend.logprobs(rows, 1.0)
+        tokens = np.concatenate([score[row.trained] for score, row in zip(scores, rows, strict=True)])
+        return -float(tokens.mean(dtype=np.float64))
 
     def digest(self) -> str:
         return self.backend.digest()
@@ -107,14 +150,3 @@ class Training:
 def _bytes_of(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...], np.ndarray]:
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
     return name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), flat.numpy()
-
-
-def metrics_of(result: StepResult) -> dict[str, float]:
-    """The numbers of a step result, flat; what is not known is left out."""
-    flat: dict[str, float] = {}
-    for name, value in asdict(result).items():
-        if isinstance(value, dict):
-            flat |= {f"seconds_{phase}": float(seconds) for phase, seconds in value.items()}
-        elif isinstance(value, (int, float)):
-            flat[name] = float(value)
-    return flat

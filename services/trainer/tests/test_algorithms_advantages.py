@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postroad_trainer.algorithms.critic import generalised_advantages, token_rewards, value_loss
-from postroad_trainer.algorithms.dapo import informative_groups, overlong_penalty
+from postroad_trainer.algorithms.dapo import overlong_penalty
 from postroad_trainer.algorithms.errors import (
     AlgorithmError,
     ExecutionRewardsError,
@@ -305,12 +305,6 @@ def test_what_one_rank_finds_wrong_stops_all() -> None:
 
 
 # Parts
-
-
-def test_dynamic_sampling_keeps_groups_with_a_spread() -> None:
-    rewards = rewards_of([1, 1, 0.1, 0.1, 0.1, 1, 0, 5, 0, 0], [0, 0, 1, 1, 1, 2, 2, 3, 4, 4], list(range(10)))
-    assert informative_groups(rewards).tolist() == [False, False, True, False, False]
-    assert informative_groups(rewards_of([1, 1, 0], executions=[0, 0, 1])).tolist() == [True]
 
 
 def test_overlong_table() -> None:

@@ -10,14 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postroad_trainer.algorithms.distillation import candidate_reverse_kl, distilled_advantages, reverse_kl_of_samples
-from postroad_trainer.algorithms.divergences import DivergenceKind, kl_estimate
-from postroad_trainer.algorithms.entropy import entropy
-from postroad_trainer.algorithms.errors import AlgorithmError, MissingScoreError, NotFiniteError, NothingTrainedError
+from postroad.config.algorithm import AlgorithmSection, DivergenceKind
+from postroad_trainer.algorithms.distillation import distilled_advantages
+from postroad_trainer.algorithms.divergences import kl_estimate
+from postroad_trainer.algorithms.errors import AlgorithmError, MissingScoreError, NotFiniteError
+from postroad_trainer.algorithms.groups import ExecutionRewards, preference_advantages
 from postroad_trainer.algorithms.log_probabilities import LogProbabilities
-from postroad_trainer.algorithms.losses import clipped_policy_loss, clipped_weight_loss, sequence_policy_loss
+from postroad_trainer.algorithms.losses import (
+    clipped_policy_loss,
+    clipped_weight_loss,
+    sequence_policy_loss,
+    weighted_loss,
+)
+from postroad_trainer.algorithms.reducers import reduced, reduction_weights
 from postroad_trainer.algorithms.segments import Segments
-from postroad_trainer.algorithms.supervised import fine_tuning_loss, preference_loss
+from postroad_trainer.backend.log_probabilities import TokenLogProbabilities
 
 FEW = settings(max_examples=25, deadline=None)
 SEEDS = st.integers(0, 1 << 30)
@@ -209,31 +216,23 @@ def test_the_unbiased_divergence_has_the_gradient_of_the_true_one(seed: int) -> 
 
 @FEW
 @given(SEEDS, st.sampled_from([0.5, 1.0, 2.0]))
-def test_entropy_agrees_with_torch_and_with_a_split_vocabulary(seed: int, temperature: float) -> None:
+def test_log_probabilities_and_entropy_have_the_gradients_of_torch(seed: int, temperature: float) -> None:
     logits_NV = 4 * torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))
-    weight_N = torch.tensor([1.0, -2.0, 0.5])
-    expected = gradient_of(
-        lambda x: weight_N * torch.distributions.Categorical(logits=x / temperature).entropy(), logits_NV
-    )
-    whole = gradient_of(lambda x: weight_N * entropy(x, temperature), logits_NV)
-    assert whole[0] == pytest.approx(expected[0], abs=1e-5)
-    assert torch.allclose(torch.tensor(whole[1]), torch.tensor(expected[1]), atol=1e-5)
-    left, right = logits_NV[:, :2], logits_NV[:, 2:]
-    shift_N = logits_NV.amax(1) / temperature
-    scaled = right / temperature - shift_N[:, None]
-    other = torch.stack([scaled.exp().sum(1), (scaled.exp() * scaled).sum(1)])
-    part = gradient_of(
-        lambda x: weight_N * entropy(x, temperature, lambda _: shift_N, lambda partial: partial + other), left
-    )
-    assert part[0] == pytest.approx(expected[0], abs=1e-4)
-    assert torch.allclose(torch.tensor(part[1]), torch.tensor(expected[1])[:, :2], atol=1e-5)
+    which, target = torch.tensor([0, 0, 2]), torch.tensor([1, 5, 3])
+    for of_chosen, of_entropy in ((1.0, 0.0), (0.0, 1.0), (-0.7, 0.3)):
+        weight_N = torch.tensor([1.0, -2.0, 0.5])
 
+        def expected(x: torch.Tensor, of_chosen: float = of_chosen, of_entropy: float = of_entropy) -> torch.Tensor:
+            policy = torch.distributions.Categorical(logits=x / temperature)
+            return weight_N * (of_chosen * policy.logits[which, target] + of_entropy * policy.entropy())
 
-def test_entropy_table() -> None:
-    # of a fair coin and of certainty, with a vocabulary padded by -inf
-    logits_NV = torch.tensor([[0.0, 0.0, -math.inf], [0.0, -math.inf, -math.inf]])
-    value, slope = gradient_of(entropy, logits_NV)
-    assert value == pytest.approx([math.log(2), 0.0]) and slope == [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+        def ours(x: torch.Tensor, of_chosen: float = of_chosen, of_entropy: float = of_entropy) -> torch.Tensor:
+            chosen, entropy = TokenLogProbabilities.apply(x, which, target, temperature)
+            return weight_N * (of_chosen * chosen + of_entropy * entropy)
+
+        (value, slope), (wanted, wanted_slope) = gradient_of(ours, logits_NV), gradient_of(expected, logits_NV)
+        assert value == pytest.approx(wanted, abs=1e-4)
+        assert torch.allclose(torch.tensor(slope), torch.tensor(wanted_slope), atol=1e-4)
 
 
 # Which log-probabilities enter where
@@ -266,47 +265,46 @@ def test_scores_that_are_no_scores_are_refused() -> None:
 
 
 def test_fine_tuning_is_minus_the_log_probability() -> None:
-    segments = Segments.of_lengths([3], torch.tensor([True, False, True]))
-    value, slope = gradient_of(lambda x: fine_tuning_loss(x, segments), torch.tensor([-1.0, math.nan, -3.0]))
-    assert value == [1, 0, 3] and slope == [-1, 0, -1]
+    value, slope = gradient_of(lambda x: weighted_loss(x, torch.ones(2)).loss_N, torch.tensor([-1.0, -3.0]))
+    assert value == [1, 3] and slope == [-1, -1]
+
+
+def _preference_slope(segments: Segments, current_N: torch.Tensor, reference_N: torch.Tensor, rewards: list[float],
+                      groups: list[int], beta: float) -> torch.Tensor:  # fmt: skip
+    """The gradient that a step of the algorithm dpo takes at the current scores."""
+    margin_S = beta * segments.sums(current_N - reference_N)
+    graded = ExecutionRewards.of(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups))
+    advantage_N = segments.spread(beta * preference_advantages(graded, margin_S))
+    settings = AlgorithmSection(name="dpo")
+    weight_S = reduction_weights(segments.counts(), torch.arange(segments.samples), settings)
+    point = current_N.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(reduced(weighted_loss(point, advantage_N).loss_N, weight_S, segments), point)
+    return slope
 
 
 def test_preference_table() -> None:
-    # margins: chosen (-1 - -2) + (-1 - -1) = 1, rejected -3 - -2 = -1; h = 0.5 x (1 - -1) = 1; -log sigmoid(1) = 0.313262
+    # margins: chosen (-1 - -2) + (-1 - -1) = 1, rejected -3 - -2 = -1; h = 0.5 x (1 - -1) = 1; slope 0.5 (sigmoid(1) - 1)
     segments = Segments.of_lengths([2, 2], torch.tensor([True, True, False, True]))
-    scores = LogProbabilities({"reference": torch.tensor([-2.0, -1, math.nan, -2])})
-    pair_P2 = torch.tensor([[0, 1]])
-
-    def loss(point: torch.Tensor) -> torch.Tensor:
-        return preference_loss(scores.with_current(point), segments, pair_P2, 0.5).loss_P
-
-    value, slope = gradient_of(loss, torch.tensor([-1.0, -1, math.nan, -3]))
-    assert value == pytest.approx([0.313262], abs=1e-5)
-    assert slope == pytest.approx([-0.134471, -0.134471, 0, 0.134471], abs=1e-5)  # beta (sigmoid(1) - 1)
-    with pytest.raises(NothingTrainedError, match="pair"):
-        empty = segments.with_mask(torch.tensor([True, True, False, False]))
-        preference_loss(scores.with_current(torch.zeros(4)), empty, pair_P2, 0.5)
-    with pytest.raises(AlgorithmError, match="beta"):
-        preference_loss(scores, segments, pair_P2, 0.0)
+    reference_N, current_N = torch.tensor([-2.0, -1, 0, -2]), torch.tensor([-1.0, -1, 0, -3])
+    slope = _preference_slope(segments, current_N, reference_N, [1.0, 0.0], [0, 0], 0.5)
+    assert slope.tolist() == pytest.approx([-0.134471, -0.134471, 0, 0.134471], abs=1e-5)
 
 
 @FEW
-@given(SEEDS, st.sampled_from([0.0, 0.1]))
-def test_preferences_agree_with_loops(seed: int, smoothing: float) -> None:
-    segments, current_N, reference_N, _ = packed(seed)
-    mask = torch.ones_like(segments.mask_N)
-    segments = segments.with_mask(mask)
-    last = segments.samples - 1
-    scores = LogProbabilities({"current": current_N, "reference": reference_N})
-    result = preference_loss(scores, segments, torch.tensor([[0, last], [last, 0]]), 0.3, smoothing)
-    rewards = [0.0] * segments.samples
-    for sample, c, r in zip(segments.sample_N.tolist(), current_N.tolist(), reference_N.tolist(), strict=True):
-        rewards[sample] += 0.3 * (c - r)
-    for pair, (chosen, rejected) in enumerate([(0, last), (last, 0)]):
-        sigmoid = 1 / (1 + math.exp(-(rewards[chosen] - rewards[rejected])))
-        expected = -(1 - smoothing) * math.log(sigmoid) - smoothing * math.log(1 - sigmoid)
-        assert float(result.loss_P[pair]) == pytest.approx(expected, abs=1e-4)
-        assert float(result.chosen_reward_P[pair]) == pytest.approx(rewards[chosen], abs=1e-4)
+@given(SEEDS)
+def test_preferences_have_the_gradient_of_the_loss_itself(seed: int) -> None:
+    """Rafailov et al. 2023, eq. 7, differentiated by torch: mean over pairs of -log sigmoid(h)."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (6,), generator=generator).tolist()
+    segments = Segments.of_lengths(lengths, torch.ones(sum(lengths), dtype=torch.bool))
+    current_N, reference_N = -torch.rand(2, sum(lengths), generator=generator)
+    rewards = [1.0, 0.0, 0.5, 2.0, 3.0, 3.0]  # two pairs; the third group has no better one
+    slope = _preference_slope(segments, current_N, reference_N, rewards, [0, 0, 1, 1, 2, 2], 0.3)
+    point = current_N.clone().requires_grad_()
+    margin_S = 0.3 * segments.sums(point - reference_N)
+    loss = -torch.nn.functional.logsigmoid(torch.stack([margin_S[0] - margin_S[1], margin_S[3] - margin_S[2]])).mean()
+    (expected,) = torch.autograd.grad(loss, point)
+    assert torch.allclose(slope, expected, atol=1e-6)
 
 
 # Distillation
@@ -314,46 +312,9 @@ def test_preferences_agree_with_loops(seed: int, smoothing: float) -> None:
 
 def test_distillation_table() -> None:
     segments = Segments.of_lengths([3], torch.tensor([True, True, False]))
-    reverse_kl_N = reverse_kl_of_samples(torch.tensor([-1.0, -2, -1]), torch.tensor([-1.5, -1.0, math.nan]))
+    reverse_kl_N = torch.tensor([-1.0, -2, -1]) - torch.tensor([-1.5, -1.0, math.nan])
     mixed = distilled_advantages(torch.tensor([2.0, 2, math.nan]), reverse_kl_N, segments, 0.5, 0.25)
     assert mixed.tolist() == pytest.approx([0.25, 1.0, 0.0])
     assert distilled_advantages(torch.ones(3), reverse_kl_N, segments, 1.0, 0.0).tolist() == [-0.5, 1.0, 0.0]
     with pytest.raises(NotFiniteError, match="teacher"):
         distilled_advantages(torch.ones(3), reverse_kl_N, segments.with_mask(torch.ones(3, dtype=torch.bool)), 1.0)
-
-
-@FEW
-@given(SEEDS, st.sampled_from(["student", "teacher", "uniform", "raw"]))
-def test_candidates_agree_with_loops(seed: int, weighting: str) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    student_NK, teacher_NK = torch.randn(2, 3, 4, generator=generator).log_softmax(2)
-    candidate_NK = torch.rand(3, 4, generator=generator) < 0.6
-    candidate_NK[:, 0] = True
-    result = candidate_reverse_kl(student_NK, torch.where(candidate_NK, teacher_NK, math.nan), candidate_NK, weighting)  # type: ignore[arg-type]
-    for n in range(3):
-        pairs = [(float(student_NK[n, k]), float(teacher_NK[n, k])) for k in range(4) if candidate_NK[n, k]]
-        raw = {
-            "student": [math.exp(s) for s, _ in pairs],
-            "teacher": [math.exp(t) for _, t in pairs],
-            "uniform": [1.0] * len(pairs),
-            "raw": [math.exp(s) for s, _ in pairs],
-        }[weighting]
-        total = 1.0 if weighting == "raw" else sum(raw)
-        expected = sum(w / total * (s - t) for w, (s, t) in zip(raw, pairs, strict=True))
-        assert float(result[n]) == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_token_without_a_candidate_is_an_error() -> None:
-    with pytest.raises(NothingTrainedError, match="candidate"):
-        candidate_reverse_kl(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
-    with pytest.raises(AlgorithmError, match="weighting"):
-        candidate_reverse_kl(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), "all")  # type: ignore[arg-type]
-
-
-def test_whole_vocabulary_candidates_give_the_true_divergence() -> None:
-    student_NK, teacher_NK = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1)).log_softmax(2)
-    value = candidate_reverse_kl(student_NK, teacher_NK, torch.ones(3, 5, dtype=torch.bool))
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=student_NK), torch.distributions.Categorical(logits=teacher_NK)
-    )
-    assert torch.allclose(value, expected, atol=1e-6)

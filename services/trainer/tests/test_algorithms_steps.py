@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from postroad.config import algorithm as section
+from postroad.config.algorithm import ALGORITHMS, AlgorithmSection
 from postroad_trainer.algorithms import (
-    ALGORITHMS,
-    Algorithm,
     AlgorithmError,
-    AlgorithmSettings,
     LogProbabilities,
     Rewarded,
     Segments,
@@ -24,38 +25,43 @@ from postroad_trainer.algorithms import (
 )
 from postroad_trainer.algorithms.errors import MissingScoreError, NothingTrainedError
 from postroad_trainer.algorithms.log_probabilities import Role
-from postroad_trainer.algorithms.masks import keep_samples, require_trained, untrained_samples
-from postroad_trainer.algorithms.parts import CORRECTIONS
+from postroad_trainer.algorithms.parts import ADVANTAGES, CORRECTIONS, LOSSES, REDUCERS
 from postroad_trainer.algorithms.reducers import reduced, reduction_weights
-from postroad_trainer.algorithms.rejection import ImportanceSettings, Rejection
 
 FEW = settings(max_examples=15, deadline=None)
 SEEDS = st.integers(0, 1 << 30)
 ROLES: tuple[Role, ...] = ("current", "engine", "old", "proximal", "reference", "teacher")
-IMPORTANCE = ImportanceSettings("sequence", "clip", 2.0, None, Rejection("geometric", 0.7, 1.4), 0.1)
+TEACHER = {"teacher_url": "http://teacher"}
 
 
-def complete(algorithm: Algorithm) -> Algorithm:
+def algorithm(name: str, **changes: Any) -> AlgorithmSection:
+    return AlgorithmSection(**{"name": name, "anchor": "old", "constant_length": 11, **TEACHER, **changes})
+
+
+def complete(name: str, **changes: Any) -> AlgorithmSection:
     """With everything that may be switched on, so that one test covers it."""
-    on = replace(
-        algorithm.settings,
-        entropy_coefficient=0.01,
-        kl_loss_coefficient=0.1,
-        unbiased_kl=True,
-        off_policy_delta=0.05,
-        distillation_coefficient=0.2,
-        reward_weight=0.7,
-        constant_length=11,
-        importance=IMPORTANCE,
-    )
-    return replace(algorithm, settings=on)
+    on = {
+        "entropy_coefficient": 0.01,
+        "kl_loss_coefficient": 0.1,
+        "unbiased_kl": True,
+        "off_policy_delta": 0.05,
+        "distillation_coefficient": 0.2,
+        "reward_weight": 0.7,
+        "importance": {
+            "level": "sequence",
+            "mode": "clip",
+            "rejection": {"level": "geometric", "low": 0.7, "high": 1.4},
+            "veto": 0.1,
+        },
+    }
+    return algorithm(name, **{**on, **changes})
 
 
-ALL = {name: complete(algorithm) for name, algorithm in ALGORITHMS.items()}
-ALL |= {f"grpo with {name}": replace(ALL["grpo"], correction=name) for name in CORRECTIONS}
-ALL["bypass"] = replace(ALL["grpo"], anchor="engine")
-ONE_STEP = replace(ALL["grpo"].settings, distillation_coefficient=0.0)
-ALL["one step"] = replace(ALL["grpo"], anchor="current", correction="tis", settings=ONE_STEP)
+ALL = {name: complete(name) for name in ALGORITHMS}
+ALL |= {f"grpo with {name}": complete("grpo", correction=name) for name in CORRECTIONS}
+ALL["decoupled"] = complete("decoupled_ppo", anchor="proximal")
+ALL["bypass"] = complete("grpo", anchor="engine", correction="none")
+ALL["one step"] = complete("grpo", anchor="current", distillation_coefficient=0.0, off_policy_delta=None)
 
 
 @dataclass
@@ -67,7 +73,6 @@ class Step:
     execution_S: torch.Tensor
     segments: Segments
     scores: dict[Role, torch.Tensor]
-    value_N: torch.Tensor
     entropy_N: torch.Tensor
 
     @staticmethod
@@ -86,18 +91,18 @@ class Step:
             execution_S,
             Segments.of_lengths(lengths, mask_N),
             {role: old_N + noise[i] for i, role in enumerate(ROLES)},
-            *torch.rand(2, sum(lengths), generator=generator),
+            torch.rand(sum(lengths), generator=generator),
         )
 
-    def advantages(self, algorithm: Algorithm) -> torch.Tensor:
+    def advantages(self, chosen: AlgorithmSection) -> torch.Tensor:
         stored = LogProbabilities({role: score_N for role, score_N in self.scores.items() if role != "current"})
-        rewarded = Rewarded(self.reward_S, self.group_S, self.execution_S, self.segments, stored, self.value_N)
-        return advantages_of_step(algorithm, rewarded)
+        rewarded = Rewarded(self.reward_S, self.group_S, self.execution_S, self.segments, stored)
+        return advantages_of_step(chosen, rewarded)
 
-    def loss(self, algorithm: Algorithm, cuts: list[list[int]]) -> tuple[float, torch.Tensor]:
+    def loss(self, chosen: AlgorithmSection, cuts: list[list[int]]) -> tuple[float, torch.Tensor]:
         """The step's loss and the gradient of the current scores, samples computed in these micro-batches."""
-        advantage_N = self.advantages(algorithm)
-        weight_S = weights_of_step(algorithm, self.segments.counts().long(), self.execution_S)
+        advantage_N = self.advantages(chosen)
+        weight_S = weights_of_step(chosen, self.segments.counts().long(), self.execution_S)
         current_N = self.scores["current"].clone().requires_grad_()
         total = torch.zeros(())
         for samples in cuts:
@@ -108,7 +113,7 @@ class Step:
             scores = scores.with_current(current_N[pick])
             weights = weight_S[torch.tensor(samples)]
             total = (
-                total + policy_objective(algorithm, scores, advantage_N[pick], part, weights, self.entropy_N[pick]).loss
+                total + policy_objective(chosen, scores, advantage_N[pick], part, weights, self.entropy_N[pick]).loss
             )
         (gradient_N,) = torch.autograd.grad(total, current_N)
         return float(total.detach()), gradient_N
@@ -135,7 +140,7 @@ def test_masked_tokens_never_leak(name: str, seed: int) -> None:
     mask_N = step.segments.mask_N
     assert math.isfinite(loss) and gradient_N[~mask_N].abs().sum() == 0 and gradient_N[mask_N].abs().sum() > 0
     step.scores = {role: torch.where(mask_N, score_N, math.nan) for role, score_N in step.scores.items()}
-    step.value_N, step.entropy_N = (torch.where(mask_N, x_N, math.inf) for x_N in (step.value_N, step.entropy_N))
+    step.entropy_N = torch.where(mask_N, step.entropy_N, math.inf)
     broken, broken_N = step.loss(ALL[name], [[0, 1, 2, 3, 4, 5]])
     assert broken == loss and torch.equal(broken_N, gradient_N)
 
@@ -147,10 +152,10 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(name: str, seed: in
     """With current = old = engine every algorithm's gradient is -(reducer weight) x advantage."""
     step = Step.of(seed)
     step.scores = {role: step.scores["current"] for role in ROLES}
-    algorithm = replace(ALGORITHMS[name], settings=replace(ALGORITHMS[name].settings, constant_length=11))
-    _, gradient_N = step.loss(algorithm, [[0, 1, 2], [3, 4, 5]])
-    weight_S = weights_of_step(algorithm, step.segments.counts().long(), step.execution_S)
-    expected_N = -step.advantages(algorithm) * step.segments.spread(weight_S).float()
+    chosen = algorithm(name)
+    _, gradient_N = step.loss(chosen, [[0, 1, 2], [3, 4, 5]])
+    weight_S = weights_of_step(chosen, step.segments.counts().long(), step.execution_S)
+    expected_N = -step.advantages(chosen) * step.segments.spread(weight_S).float()
     assert torch.allclose(gradient_N, step.segments.masked(expected_N), atol=1e-6)
 
 
@@ -159,9 +164,8 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(name: str, seed: in
 def test_a_whole_step_agrees_with_loops(seed: int) -> None:
     """GRPO with TIS, entropy and KL to the reference, written once more with numbers instead of tensors."""
     step = Step.of(seed)
-    chosen = AlgorithmSettings(clip_high=0.28, kl_loss_coefficient=0.1, kl_kind="k3", entropy_coefficient=0.02)
-    algorithm = replace(ALGORITHMS["grpo"], correction="tis", settings=chosen)
-    loss, _ = step.loss(algorithm, [[0, 1, 2, 3, 4, 5]])
+    chosen = algorithm("grpo", clip_high=0.28, kl_loss_coefficient=0.1, kl_kind="k3", entropy_coefficient=0.02)
+    loss, _ = step.loss(chosen, [[0, 1, 2, 3, 4, 5]])
     sample, mask = step.segments.sample_N.tolist(), step.segments.mask_N.tolist()
     execution, rewards = step.execution_S.tolist(), step.reward_S.tolist()
     pairs = {0: (rewards[0], rewards[2]), 1: (rewards[3], rewards[4])}  # two executions in each group
@@ -192,7 +196,7 @@ def test_reduction_table() -> None:
     segments = Segments.of_lengths([3, 4, 1], mask_N)
     counts, executions = segments.counts().long(), torch.tensor([4, 4, 9])
     for reducer, length, value in (("sample", None, 3.25), ("token", None, 2.0), ("constant", 7, 1.0)):
-        weight_S = reduction_weights(counts, executions, reducer, length)  # type: ignore[arg-type]
+        weight_S = reduction_weights(counts, executions, algorithm("grpo", reducer=reducer, constant_length=length))
         assert float(reduced(x_N, weight_S, segments)) == pytest.approx(value)
         split = [slice(0, 2), slice(2, 8)]  # in the middle of a sample, as context parallelism does
         parts = [Segments(segments.sample_N[part], mask_N[part], 3) for part in split]
@@ -201,82 +205,89 @@ def test_reduction_table() -> None:
 
 
 def test_reducers_refuse_what_they_are_not_defined_for() -> None:
+    token, constant = algorithm("dapo"), algorithm("dr_grpo", constant_length=None)
     with pytest.raises(NothingTrainedError, match="skip the step"):
-        reduction_weights(torch.zeros(2), torch.arange(2), "token")
+        reduction_weights(torch.zeros(2), torch.arange(2), token)
     with pytest.raises(AlgorithmError, match="constant_length"):
-        reduction_weights(torch.ones(2), torch.arange(2), "constant")
-    with pytest.raises(AlgorithmError, match="token, sample, constant"):
-        reduction_weights(torch.ones(2), torch.arange(2), "mean")  # type: ignore[arg-type]
+        reduction_weights(torch.ones(2), torch.arange(2), constant)
     with pytest.raises(AlgorithmError, match="executions"):
-        reduction_weights(torch.ones(2), torch.arange(3), "token")
+        reduction_weights(torch.ones(2), torch.arange(3), token)
     # a sample without trained tokens weighs nothing, but its execution counts
-    assert reduction_weights(torch.tensor([2, 0]), torch.arange(2), "sample").tolist() == [1 / 4, 1 / 2]
-
-
-def test_masked_samples_keep_their_place() -> None:
-    segments = Segments.of_lengths([2, 1], torch.tensor([True, False, True]))
-    kept = keep_samples(segments, torch.tensor([False, True]))
-    assert kept.mask_N.tolist() == [False, False, True] and untrained_samples(kept) == [0]
-    require_trained(kept)
-    with pytest.raises(NothingTrainedError, match="2 samples"):
-        require_trained(keep_samples(segments, torch.tensor([False, False])))
-    with pytest.raises(AlgorithmError, match="kept_S"):
-        keep_samples(segments, torch.tensor([1, 0]))
+    assert reduction_weights(torch.tensor([2, 0]), torch.arange(2), algorithm("grpo")).tolist() == [1 / 4, 1 / 2]
 
 
 def test_a_part_without_tokens_has_loss_zero_and_touches_the_graph() -> None:
     current_N = torch.zeros(0, requires_grad=True)
-    scores = LogProbabilities({"current": current_N, "old": torch.zeros(0)})
+    scores = LogProbabilities({"current": current_N, "old": torch.zeros(0), "engine": torch.zeros(0)})
     empty = Segments.of_lengths([0], torch.zeros(0, dtype=torch.bool))
-    result = policy_objective(ALGORITHMS["grpo"], scores, torch.zeros(0), empty, torch.ones(1))
+    result = policy_objective(algorithm("grpo"), scores, torch.zeros(0), empty, torch.ones(1))
     assert float(result.loss.detach()) == 0 and result.loss.requires_grad and float(result.sums["trained"]) == 0
 
 
 # Settings
 
 
+def test_the_names_of_the_recipe_are_those_of_the_tables() -> None:
+    for kind, table in (
+        (section.Advantage, ADVANTAGES),
+        (section.Loss, LOSSES),
+        (section.Correction, CORRECTIONS),
+        (section.Reducer, REDUCERS),
+    ):
+        assert set(get_args(kind)) == set(table)
+    assert set(get_args(AlgorithmSection.model_fields["name"].annotation)) == set(ALGORITHMS)
+    assert set(get_args(section.Anchor)) < set(ROLES)
+
+
+def test_a_name_brings_its_values_and_a_key_changes_one() -> None:
+    assert AlgorithmSection.model_validate("gspo").clip_low == 3e-4
+    changed = AlgorithmSection(name="gspo", clip_low=0.1)
+    assert (changed.clip_low, changed.clip_high, changed.loss) == (0.1, 4e-4, "sequence_clip")
+    assert AlgorithmSection.model_validate(changed.model_dump()) == changed
+    assert [AlgorithmSection(name=name, **TEACHER).anchor for name in ("dapo", "decoupled_ppo", "distillation")] == [
+        "current",
+        "proximal",
+        "old",
+    ]
+    assert AlgorithmSection(updates=2).anchor == "old" and AlgorithmSection(anchor="engine").correction == "none"
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (lambda: Algorithm("grpo"), "advantage is 'grpo'"),
-        (lambda: Algorithm("group", correction="tis", anchor="engine"), "nothing to correct"),
-        (lambda: Algorithm("group", settings=AlgorithmSettings(kl_reward_coefficient=0.1)), "kl_loss_coefficient"),
-        (
-            lambda: Algorithm("gae", anchor="current", settings=AlgorithmSettings(kl_reward_coefficient=0.1)),
-            "before the step",
-        ),
-        (lambda: Algorithm("group", "sequence_clip", settings=AlgorithmSettings(dual_clip=3.0)), "dual_clip"),
-        (lambda: AlgorithmSettings(kl_reward_coefficient=0.1, kl_loss_coefficient=0.1), "twice"),
-        (lambda: AlgorithmSettings(clip_high=math.nan), "finite"),
-        (lambda: AlgorithmSettings(entropy_coefficient=-1.0), "negative"),
+        ({"name": "gpro"}, "grpo"),
+        ({"advantage": "grup"}, "did you mean 'group'"),
+        ({"correction": "tis", "anchor": "engine"}, "nothing to correct"),
+        ({"kl_reward_coefficient": 0.1}, "kl_loss_coefficient"),
+        ({"advantage": "reinforce_plus_plus", "anchor": "current", "kl_reward_coefficient": 0.1}, "before the step"),
+        ({"anchor": "current", "updates": 2}, "ratio is 1"),
+        ({"loss": "sequence_clip", "dual_clip": 3.0}, "dual_clip"),
+        ({"advantage": "reinforce_plus_plus", "kl_reward_coefficient": 0.1, "kl_loss_coefficient": 0.1}, "twice"),
+        ({"clip_high": math.nan}, "clip_high"),
+        ({"entropy_coefficient": -1.0}, "entropy_coefficient"),
+        ({"distillation_coefficient": 1.0}, "teacher_url"),
+        ({"weight_low": 3.0}, "weight_high"),
     ],
 )
-def test_settings_without_effect_are_refused(wrong: object, sentence: str) -> None:
-    with pytest.raises(AlgorithmError, match=sentence):
-        wrong()  # type: ignore[operator]
+def test_settings_without_effect_are_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        AlgorithmSection(**wrong)
 
 
 def test_what_is_missing_is_named() -> None:
     step = Step.of(0)
-    with pytest.raises(MissingScoreError, match="critic"):
-        step.value_N = None  # type: ignore[assignment]
-        step.advantages(ALGORITHMS["ppo"])
     del step.scores["reference"]
     with pytest.raises(MissingScoreError, match="reference"):
-        step.advantages(
-            replace(ALGORITHMS["reinforce_plus_plus"], settings=AlgorithmSettings(kl_reward_coefficient=0.1))
-        )
+        step.advantages(algorithm("reinforce_plus_plus", kl_reward_coefficient=0.1))
     scores = LogProbabilities(step.scores)
-    weight_S = torch.ones(6)
     with pytest.raises(MissingScoreError, match="entropy"):
-        chosen = replace(ALGORITHMS["grpo"], settings=AlgorithmSettings(entropy_coefficient=0.1))
-        policy_objective(chosen, scores, step.entropy_N, step.segments, weight_S)
+        chosen = algorithm("grpo", entropy_coefficient=0.1)
+        policy_objective(chosen, scores, step.entropy_N, step.segments, torch.ones(6))
 
 
 def test_a_group_without_a_difference_teaches_nothing() -> None:
     step = Step.of(3)
     step.reward_S = torch.full((6,), 0.1)
     for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"):
-        algorithm = replace(ALGORITHMS[name], settings=replace(ALGORITHMS[name].settings, constant_length=5))
-        loss, gradient_N = step.loss(algorithm, [[0, 1, 2, 3, 4, 5]])
+        loss, gradient_N = step.loss(algorithm(name), [[0, 1, 2, 3, 4, 5]])
         assert loss == 0 and not gradient_N.any()

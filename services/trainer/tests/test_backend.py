@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from backend_parts import FROZEN_STEP, backend, by_name, largest_difference, make_rows, model_folder
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from postroad_trainer.backend import BackendError, BackendSettings, cpu_shim
+from postroad.config.algorithm import AlgorithmSection
+from postroad_trainer.backend import BackendError, BackendSettings, MegatronBackend, cpu_shim
 from postroad_trainer.batch import RowError, StepSettings, TrainRow
 
 
@@ -30,12 +33,13 @@ def _reference(
         all_logprobs = torch.log_softmax(model(tokens[None]).logits[0, :-1] / settings.temperature, -1)
         current = all_logprobs.gather(1, tokens[1:, None])[:, 0][mask[1:]]
         difference = current.detach() - torch.from_numpy(row.logprobs)[mask]
-        weight = difference.exp().clamp(max=settings.tis_cap) if settings.tis_cap else 1.0
+        algorithm = settings.algorithm
+        weight = difference.exp().clamp(max=algorithm.weight_high) if algorithm.correction == "tis" else 1.0
         share = {
             "token": 1 / trained,
             "sample": 1 / len(rows) / int(mask.sum()),
-            "constant": 1 / len(rows) / (settings.constant_length or 1),
-        }[settings.reducer]
+            "constant": 1 / len(rows) / (algorithm.constant_length or 1),
+        }[algorithm.reducer]
         (-row.advantage * share * weight * current).sum().backward()
         gap += float(difference.abs().sum())
         logprobs.append(torch.zeros(len(tokens)).masked_scatter(mask, current.detach()).numpy())
@@ -44,12 +48,12 @@ def _reference(
 
 STEPS = [
     FROZEN_STEP,
-    dataclasses.replace(FROZEN_STEP, reducer="sample", temperature=0.7, tis_cap=None),
-    dataclasses.replace(FROZEN_STEP, reducer="constant", constant_length=16, tis_cap=1.1),
+    dataclasses.replace(FROZEN_STEP, algorithm=AlgorithmSection(name="grpo", correction="none"), temperature=0.7),
+    dataclasses.replace(FROZEN_STEP, algorithm=AlgorithmSection(name="dr_grpo", constant_length=16, weight_high=1.1)),
 ]
 
 
-@pytest.mark.parametrize("settings", STEPS, ids=lambda settings: settings.reducer)
+@pytest.mark.parametrize("settings", STEPS, ids=lambda settings: settings.algorithm.name)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_gradients_and_metrics_are_those_of_transformers(tmp_path: Path, kind: str, settings: StepSettings) -> None:
     folder, rows = model_folder(tmp_path, kind), make_rows()
@@ -124,6 +128,47 @@ def test_rows_without_advantage_are_not_run_but_counted(tmp_path: Path) -> None:
     assert largest_difference(by_name(ours), gradients) < 1e-5
 
 
+def test_a_row_without_a_trained_token_is_not_run_but_counted(tmp_path: Path) -> None:
+    folder, rows = model_folder(tmp_path), make_rows()
+    masked = [dataclasses.replace(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask)), *rows[1:]]
+    results = [backend(folder).train_step(which, FROZEN_STEP) for which in (masked, rows[1:])]
+    assert [result.rows_masked for result in results] == [1, 0] and results[0].rows_skipped == 1
+    assert results[0].loss == pytest.approx(results[1].loss) and results[0].scores[0] is None
+    assert not backend(folder).logprobs(masked)[0].any()
+
+
+def test_terms_beside_the_advantage_need_every_row(tmp_path: Path) -> None:
+    """Divergence from the reference and entropy, against torch on the logits of transformers."""
+    folder, chosen = (
+        model_folder(tmp_path),
+        AlgorithmSection(kl_loss_coefficient=0.3, kl_kind="k2", entropy_coefficient=0.2),
+    )
+    ours = MegatronBackend(BackendSettings(folder, dtype="float32"), keep_reference=True)
+    ours.train_step(make_rows(), StepSettings(1e-2))  # away from the reference
+    folder_now = tmp_path / "now"
+    shutil.copytree(folder, folder_now)
+    save_file({name: tensor.clone() for name, tensor in ours.export_weights()}, folder_now / "model.safetensors")
+    rows = [dataclasses.replace(row, advantage=0.0) for row in make_rows()]
+    reference = ours.logprobs(rows, reference=True)
+    assert largest_difference(dict(backend(folder_now).export_weights()), dict(ours.export_weights())) == 0
+    rows = [dataclasses.replace(r, scores={"reference": s}) for r, s in zip(rows, reference, strict=True)]
+    result = ours.train_step(rows, StepSettings(0.0, chosen, grad_clip=0.0))
+    model, initial = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (folder_now, folder))
+    trained, loss = sum(int(row.loss_mask.sum()) for row in rows), torch.zeros(())
+    for row in rows:
+        tokens, mask = torch.from_numpy(row.tokens.astype(np.int64)), torch.from_numpy(row.trained)[1:]
+        policies = [
+            torch.distributions.Categorical(logits=which(tokens[None]).logits[0, :-1]) for which in (model, initial)
+        ]
+        current, base = (policy.log_prob(tokens[1:])[mask] for policy in policies)
+        divergence = (current - base.detach()).square().sum() / 2
+        loss = loss + (0.3 * divergence - 0.2 * policies[0].entropy()[mask].sum()) / trained
+    loss.backward()
+    assert result.rows_skipped == 0 and result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    assert largest_difference(by_name(ours), gradients) < 1e-5
+
+
 def test_a_step_without_advantages_touches_nothing(tmp_path: Path) -> None:
     touched, untouched = (backend(model_folder(tmp_path)) for _ in range(2))
     rows = make_rows()
@@ -139,8 +184,8 @@ def test_a_gradient_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
     rows, settings = make_rows(), StepSettings(1e-3)
     digest = broken.digest()
     bad = [dataclasses.replace(rows[0], advantage=1e38), *rows[1:]]
-    result = broken.train_step(bad, dataclasses.replace(settings, tis_cap=None))
-    assert result.skipped and "gradient norm" in (result.skip_reason or "")
+    result = broken.train_step(bad, dataclasses.replace(settings, algorithm=AlgorithmSection(correction="none")))
+    assert result.skipped and result.gradients_not_finite == 1 and "gradient norm" in (result.skip_reason or "")
     assert broken.digest() == digest
     for one in (broken, whole):
         assert not one.train_step(rows, settings).skipped
@@ -188,8 +233,8 @@ FIRST = make_rows()[0]
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"advantage": math.nan}, "sample '0/0': the advantage is nan"),
-        ({"loss_mask": np.zeros_like(FIRST.loss_mask)}, "no token is trained"),
+        ({"advantage": math.nan}, "sample '0/0': an advantage is nan"),
+        ({"scores": {"old": np.full(len(FIRST.tokens), np.nan, np.float32)}}, "the old log-probabilities"),
         ({"loss_mask": np.ones_like(FIRST.loss_mask)}, "token 0 is trained"),
         ({"tokens": np.full_like(FIRST.tokens, 4000)}, "token id 4000 is outside the vocabulary of 100"),
         ({"tokens": np.full_like(FIRST.tokens, -1)}, "token id -1 is outside"),
@@ -231,11 +276,8 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: d
     "changes",
     [
         {"learning_rate": math.inf},
-        {"clip_low": 1.0},
-        {"tis_cap": 0.0},
         {"temperature": 0.0},
-        {"reducer": "mean"},
-        {"reducer": "constant"},
+        {"grad_clip": -1.0},
     ],
 )
 def test_step_settings_that_mean_nothing_are_refused(changes: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from postroad.config.algorithm import OF_GROUPS, AlgorithmSection
+from postroad.config.algorithm import OF_GROUPS, AlgorithmSection, DottedPath
 from postroad.config.section import Section
 
 
@@ -154,6 +154,19 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
 
 
+class PlugPointSection(Section):
+    """Functions of your own, by dotted path; docs/customization.md has their signatures. Parts of the loss are replaced
+    in trainer.algorithm."""
+
+    rewards: DottedPath | None = Field(None, description="What the advantages are made from, instead of the rewards.")
+    sample_filter: DottedPath | None = Field(None, description="Which samples are trained.")
+    rows: DottedPath | None = Field(None, description="From samples to the backend's rows.")
+    model_provider: DottedPath | None = Field(None, description="Changes the model once it is built.")
+    before_log_probabilities: DottedPath | None = Field(None, description="Called before each pass without gradient.")
+    before_step: DottedPath | None = Field(None, description="Called before each optimizer update.")
+    after_save: DottedPath | None = Field(None, description="Called on rank 0 when a checkpoint is whole.")
+
+
 class TrainerSection(Section):
     steps: int = Field(ge=1, description="Optimizer steps of the run.")
     groups_per_step: int = Field(8, ge=1, description="Groups of one optimizer step.")
@@ -176,6 +189,7 @@ class TrainerSection(Section):
     )
     micro_batch_tokens: int = Field(2048, ge=16, description="Most tokens of one forward pass.")
     checkpoint: CheckpointSection = CheckpointSection()
+    plug_points: PlugPointSection = PlugPointSection()
 
 
 class EvaluationSection(Section):

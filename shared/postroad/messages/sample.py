@@ -7,12 +7,14 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
+from postroad.messages.arrays import Array
 from postroad.messages.base import Message
 from postroad.messages.trajectory import Trajectory
 
 
 class Sample(Message):
-    """`id` is the trajectory's, so that grading twice gives the same sample."""
+    """`id` is the trajectory's, so that grading twice gives the same sample. `teacher_log_probabilities` [T] are the
+    teacher's, aligned to the trajectory's tokens, for distillation."""
 
     kind: ClassVar[str] = "sample"
 
@@ -20,6 +22,7 @@ class Sample(Message):
     reward: float
     metrics: dict[str, float] = Field(default_factory=dict)
     seconds: float = 0.0
+    teacher_log_probabilities: Array | None = None
 
     @field_validator("reward")
     @classmethod

@@ -25,7 +25,8 @@ class VersionSpan(BaseModel):
 class Trajectory(Message):
     """All per-token arrays are aligned to `tokens` [T]: `loss_mask` is 1 where the model generated the token and it is
     trained, `log_probabilities` holds the engine's and is 0 where the mask is 0. `routed_experts` [T-1, MoE layers,
-    top-k] has in row t the experts used when token t was the input."""
+    top-k] has in row t the experts used when token t was the input. Trajectories of a group that come from one attempt, such as
+    those of sub-agents, share `execution` and their reward; without it a trajectory is an attempt."""
 
     kind: ClassVar[str] = "trajectory"
 
@@ -39,6 +40,7 @@ class Trajectory(Message):
     messages: list[dict[str, Any]]
     finish_reason: Literal["stop", "length", "tool_calls"]
     engine: str = ""
+    execution: str = ""
     seconds: float = 0.0
     metrics: dict[str, float] = Field(default_factory=dict)
 

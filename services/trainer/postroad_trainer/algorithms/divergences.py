@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from postroad.config.algorithm import DivergenceKind
 from postroad_trainer.algorithms.errors import AlgorithmError
 from postroad_trainer.algorithms.ratios import LOG_RATIO_BOUND, bounded_ratio
 
-DivergenceKind = Literal["k1", "k2", "k3", "low_variance"]
 LOW_VARIANCE_BOUND = 10.0
 
 

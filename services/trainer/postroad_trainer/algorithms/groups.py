@@ -108,3 +108,22 @@ def leave_one_out_advantages(rewards: ExecutionRewards) -> torch.Tensor:
     sizes_G = rewards.sizes()
     factor_G = sizes_G / (sizes_G - 1).clamp(min=1)
     return rewards.of_samples(rewards.centred() * factor_G[rewards.group_E])
+
+
+def preference_advantages(rewards: ExecutionRewards, margin_S: torch.Tensor) -> torch.Tensor:
+    """DPO's gradient as advantages, float32 [S]: sigmoid(-h) of the best of each group, -sigmoid(-h) of the worst, 0 else.
+
+    h = margin of the best - margin of the worst, margin_S = beta (log p - log p of the reference) of the sample. The gradient
+    of -log sigmoid(h) is -sigmoid(-h) that of h (Rafailov et al. 2023, arXiv:2305.18290, §4), so the loss -A log p times
+    beta has the gradient of the mean of DPO's loss over pairs, with the factor executions / pairs that the reducer
+    "constant" of length 1 divides out. A group of equal rewards is no pair.
+    """
+    advantage_E = torch.zeros_like(rewards.reward_E)
+    margin_E = torch.zeros_like(rewards.reward_E).index_copy(0, rewards.execution_S, margin_S.double())
+    groups = rewards.spread().nonzero().flatten().tolist()
+    for group in groups:
+        members = (rewards.group_E == group).nonzero().flatten()
+        best, worst = members[rewards.reward_E[members].argmax()], members[rewards.reward_E[members].argmin()]
+        slope = torch.sigmoid(margin_E[worst] - margin_E[best]) * len(rewards.reward_E) / len(groups)
+        advantage_E[best], advantage_E[worst] = slope, -slope
+    return rewards.of_samples(advantage_E)

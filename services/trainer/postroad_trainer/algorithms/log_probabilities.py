@@ -4,7 +4,7 @@ role       whose weights scored the sampled tokens            enters
 current    the live weights, the only one with a gradient     every loss
 engine     the inference engine's, while it sampled           corrections (TIS, MIS, IcePop, decoupled); anchor of bypass
 old        the trainer's, before the first step on the batch  anchor; KL in the reward; student of distillation
-proximal   the trainer's, at the start of this step           anchor of decoupled PPO
+proximal   the trainer's, before the first update on the batch  anchor of decoupled PPO
 reference  the frozen reference model                         KL in the loss or in the reward; DPO
 teacher    the model to learn from                            on-policy distillation
 

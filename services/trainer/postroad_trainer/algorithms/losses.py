@@ -69,6 +69,11 @@ def clipped_weight_loss(
     return ClippedLoss(-weight * advantage_N * current_N, weight != ratio)
 
 
+def weighted_loss(current_N: torch.Tensor, advantage_N: torch.Tensor) -> ClippedLoss:
+    """-A log p, [N], without a ratio: supervised fine-tuning with A = 1, preferences with theirs (Williams 1992)."""
+    return ClippedLoss(-advantage_N * current_N, torch.zeros_like(current_N, dtype=torch.bool))
+
+
 def _clip(
     ratio: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> ClippedLoss:

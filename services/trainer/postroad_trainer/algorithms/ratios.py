@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
-from postroad_trainer.algorithms.errors import AlgorithmError
+from postroad.config.algorithm import Level
 from postroad_trainer.algorithms.segments import Segments
 
 LOG_RATIO_BOUND = 20.0
-Level = Literal["token", "sequence", "geometric"]
 
 
 def bounded_ratio(log_ratio_N: torch.Tensor) -> torch.Tensor:
@@ -26,8 +23,6 @@ def ratio_at(log_ratio_N: torch.Tensor, segments: Segments, level: Level) -> tor
     """
     if level == "token":
         return bounded_ratio(segments.masked(log_ratio_N))
-    if level not in get_args(Level):
-        raise AlgorithmError(f"level is {level!r}; one of {', '.join(get_args(Level))} expected")
     total_S = segments.sums(log_ratio_N) if level == "sequence" else segments.means(log_ratio_N)
     ratio_N = segments.spread(bounded_ratio(total_S))
     return torch.where(segments.mask_N, ratio_N, 1.0)

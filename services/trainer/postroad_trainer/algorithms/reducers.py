@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import get_args
-
 import torch
 
+from postroad.config.algorithm import AlgorithmSection
 from postroad_trainer.algorithms.errors import AlgorithmError, NothingTrainedError
 from postroad_trainer.algorithms.segments import Segments
-from postroad_trainer.batch import Reducer
 
 
-def reduction_weights(
-    trained_S: torch.Tensor, execution_S: torch.Tensor, reducer: Reducer, constant_length: int | None = None
-) -> torch.Tensor:
+def reduction_weights(trained_S: torch.Tensor, execution_S: torch.Tensor, settings: AlgorithmSection) -> torch.Tensor:
     """float64 [S]: the weight of each trained token of each sample; loss = sum over samples and tokens of weight x loss.
 
     token: 1 / all trained tokens of the step (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 8);
@@ -26,8 +21,6 @@ def reduction_weights(
     A sample without a trained token has no token to weigh, but its execution counts.
     Raises NothingTrainedError where the step trains nothing.
     """
-    if reducer not in get_args(Reducer):
-        raise AlgorithmError(f"reducer is {reducer!r}; one of {', '.join(get_args(Reducer))} expected")
     if trained_S.ndim != 1 or trained_S.shape != execution_S.shape:
         raise AlgorithmError(
             f"trained tokens {tuple(trained_S.shape)} and executions {tuple(execution_S.shape)} must be one [S] each"
@@ -36,27 +29,16 @@ def reduction_weights(
     if not bool(trained.sum() > 0):
         raise NothingTrainedError("no token of the step is trained; skip the step")
     names, index_S = execution_S.unique(return_inverse=True)
-    if reducer == "token":
+    if settings.reducer == "token":
         return torch.full_like(trained, 1.0) / trained.sum()
-    if reducer == "sample":
+    if settings.reducer == "sample":
         trained_E = trained.new_zeros(len(names)).index_add(0, index_S, trained)
         return 1.0 / (len(names) * trained_E[index_S].clamp(min=1))
-    if constant_length is None or constant_length < 1:
+    if settings.constant_length is None:
         raise AlgorithmError("the constant reducer needs constant_length, a number of tokens of at least 1")
-    return torch.full_like(trained, 1.0) / (len(names) * constant_length)
+    return torch.full_like(trained, 1.0) / (len(names) * settings.constant_length)
 
 
 def reduced(x_N: torch.Tensor, weight_S: torch.Tensor, segments: Segments) -> torch.Tensor:
     """Scalar: the sum over this part's trained tokens of weight x value. Parts of a step add up, with gradients."""
     return (segments.masked(x_N) * segments.spread(weight_S).to(x_N.dtype)).sum()
-
-
-def token_weights(trained_tokens: Sequence[int], reducer: Reducer, constant_length: int | None = None) -> list[float]:
-    """reduction_weights of rows that are one execution each and have a trained token each.
-
-    Rows count here even when they are not run because their advantage is 0.
-    """
-    if not trained_tokens or min(trained_tokens) < 1:
-        raise NothingTrainedError("every row needs at least one trained token before the loss can be reduced")
-    trained_S = torch.tensor(trained_tokens, dtype=torch.int64)
-    return reduction_weights(trained_S, torch.arange(len(trained_S)), reducer, constant_length).tolist()

@@ -1,16 +1,49 @@
 """Log-probabilities of chosen tokens from logits, with their entropy, a few rows of logits at a time.
 
-A float32 softmax of all rows would be the largest tensor of a step; in blocks it stays in reused memory.
+A float32 softmax of all rows would be the largest tensor of a step; in blocks it stays in reused memory. The vocabulary
+may be split over the ranks of a tensor-parallel group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 BLOCK_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Column 0 of this rank's logits is token `first`; the ranks of `group` have the other columns (None: nobody)."""
+
+    first: int = 0
+    group: Any = None
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def logsumexp(self, values: torch.Tensor) -> torch.Tensor:
+        """logsumexp over the ranks, of each rank's own."""
+        if self.group is None:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.group.size())]
+        dist.all_gather(parts, values, group=self.group)
+        return torch.logsumexp(torch.stack(parts), 0)
+
+    def columns(self, target: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(column of each target, whether this rank has it; column 0 if not)."""
+        column = target - self.first
+        here = (column >= 0) & (column < width)
+        return column.where(here, 0), here
+
+
+WHOLE_VOCABULARY = Vocabulary()
 
 
 def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -22,38 +55,58 @@ def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, t
 
 
 class TokenLogProbabilities(torch.autograd.Function):
-    """log softmax(logits / temperature) at (which[i], target[i]).
+    """log softmax(logits / temperature) at (which[i], target[i]), and the entropy of every row.
 
-    logits: [u, V]; which, target: int64 [p] (several predictions may come from one row of logits).
-    Returns float32 [p] log-probabilities and [u] entropies (no gradient). Gradient of the logits, with weights g:
-    (sum of g at the chosen tokens - softmax x sum of g of the row) / temperature.
+    logits: [u, V / ranks]; which, target: int64 [p] (several predictions may come from one row of logits).
+    Returns float32 [p] log-probabilities and [u] entropies, equal on all ranks. Gradient of the logits, with weights g of
+    the log-probabilities and e of the entropies, p = softmax, H = entropy:
+    (sum of g at the chosen tokens - p x sum of g of the row - e x p x (log p + H)) / temperature.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, which: torch.Tensor, target: torch.Tensor, temperature: float
+        ctx: Any,
+        logits: torch.Tensor,
+        which: torch.Tensor,
+        target: torch.Tensor,
+        temperature: float,
+        vocabulary: Vocabulary = WHOLE_VOCABULARY,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normaliser = torch.empty(len(logits), device=logits.device)
-        entropy = torch.empty_like(normaliser)
+        expected = torch.empty_like(normaliser)
         for block, scaled in _blocks(logits, temperature):
             normaliser[block] = torch.logsumexp(scaled, -1)
-            probabilities = (scaled - normaliser[block, None]).exp_()
-            entropy[block] = normaliser[block] - torch.linalg.vecdot(probabilities, scaled)
-        chosen = logits[which, target].float() / temperature - normaliser[which]
-        ctx.save_for_backward(logits, normaliser, which, target)
+            if vocabulary.group is None:
+                probabilities = (scaled - normaliser[block, None]).exp_()
+                expected[block] = torch.linalg.vecdot(probabilities, scaled)
+        if vocabulary.group is not None:
+            normaliser = vocabulary.logsumexp(normaliser)
+            for block, scaled in _blocks(logits, temperature):
+                expected[block] = torch.linalg.vecdot((scaled - normaliser[block, None]).exp_(), scaled)
+        column, here = vocabulary.columns(target, logits.shape[1])
+        chosen = vocabulary.sum((logits[which, column].float() / temperature).where(here, 0)) - normaliser[which]
+        entropy = normaliser - vocabulary.sum(expected)
+        ctx.save_for_backward(logits, normaliser, entropy, which, column, here)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return chosen, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        logits, normaliser, which, target = ctx.saved_tensors
-        weight = gradients[0] / ctx.temperature
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, None, None, None, None]:
+        logits, normaliser, entropy, which, column, here = ctx.saved_tensors
+        of_chosen, of_entropy = (None if gradient is None else gradient / ctx.temperature for gradient in gradients)
+        weight = torch.zeros(len(which), device=logits.device) if of_chosen is None else of_chosen
         of_row = torch.zeros_like(normaliser).index_add_(0, which, weight)
+        weight = weight.where(here, 0)
         result = torch.empty_like(logits)
         for block, scaled in _blocks(logits, ctx.temperature):
-            gradient = scaled.sub_(normaliser[block, None]).exp_().mul_(-of_row[block, None])
+            logarithm = scaled.sub_(normaliser[block, None])
+            if of_entropy is None:
+                gradient = logarithm.exp_().mul_(-of_row[block, None])
+            else:
+                slope = (logarithm + entropy[block, None]).mul_(of_entropy[block, None]).add_(of_row[block, None])
+                gradient = logarithm.exp_().mul_(slope.neg_())
             inside = (which >= block.start) & (which < block.stop)
-            gradient.index_put_((which[inside] - block.start, target[inside]), weight[inside], accumulate=True)
+            gradient.index_put_((which[inside] - block.start, column[inside]), weight[inside], accumulate=True)
             result[block] = gradient
-        return result, None, None, None
+        return result, None, None, None, None

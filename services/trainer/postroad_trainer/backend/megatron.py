@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from postroad_trainer.backend import checkpoint
 from postroad_trainer.backend.cpu_shim import cpu_mode, import_megatron
 from postroad_trainer.backend.layout import Plan, plan
 from postroad_trainer.backend.log_probabilities import TokenLogProbabilities
-from postroad_trainer.backend.objective import SUMS, MicroBatch, objective
+from postroad_trainer.backend.objective import SUMS, MicroBatch, by_row, objective, rows_to_run, scatter, scores_of_run, weigh
+from postroad_trainer.backend.reference import Reference
 from postroad_trainer.backend.parallel import DataParallel, initialise
 from postroad_trainer.backend.settings import BackendError, BackendSettings
 from postroad_trainer.batch import StepResult, StepSettings, TrainRow
@@ -31,7 +33,7 @@ class MegatronBackend:
     be used, BackendError for anything else about itself, RowError for rows that can't be trained.
     """
 
-    def __init__(self, settings: BackendSettings) -> None:
+    def __init__(self, settings: BackendSettings, keep_reference: bool = False) -> None:
         import_megatron()
         from postroad_trainer.backend import construction
         from postroad_trainer.backend.replay import ExpertReplays
@@ -46,6 +48,7 @@ class MegatronBackend:
             self._wrapped = construction.wrap_model(self._model)
             self._optimizer = construction.build_optimizer(settings, self._wrapped)
             self._inner_optimizers = construction.torch_optimizers(self._optimizer)
+        self._reference = Reference(self._model.parameters()) if keep_reference else None
         self._device = next(self._model.parameters()).device
         self._state = checkpoint.State(self._model, self._inner_optimizers)
 
@@ -60,31 +63,30 @@ class MegatronBackend:
     # -- training ------------------------------------------------------------------------------------------------
 
     def train_step(self, rows: Sequence[TrainRow], settings: StepSettings) -> StepResult:
-        """One optimizer step on the whole batch; this rank runs its share. Rows of advantage 0 are not run.
+        """One optimizer step on the whole batch; this rank runs its share of the rows that the loss needs.
 
-        Nothing is changed when every advantage is 0 or when the gradient is not finite (StepResult.skipped).
+        Nothing is changed when no row is needed or when the gradient is not finite (StepResult.skipped).
         """
         started = time.perf_counter()
         self._validate(rows)
-        active = [(index, row) for index, row in enumerate(rows) if row.advantage != 0]
+        active = rows_to_run(rows, settings.algorithm)
         if not active:
             return self._result(
                 rows,
                 seconds={"total": time.perf_counter() - started},
                 loss=0.0,
                 skipped=True,
-                skip_reason="every advantage is 0",
+                skip_reason="no row has an advantage and a trained token",
                 rows_skipped=len(rows),
             )
         with self._running():
             planned = self._plan(active)
             batches = [MicroBatch.of(trees, self._device) for trees in planned.micro_batches]
-            for batch in batches:
-                batch.weigh(rows, settings)
+            weigh(batches, rows, settings)
             ready = time.perf_counter()
             self._wrapped.zero_grad_buffer()
             outcomes = self._run(batches, settings)
-            measured = self._measure(outcomes)
+            measured = self._measure(outcomes, rows, active, batches)
             ran = time.perf_counter()
             grad_norm, stepped = self._update(settings)
         ended = time.perf_counter()
@@ -93,6 +95,7 @@ class MegatronBackend:
             **measured,
             grad_norm=grad_norm,
             skipped=not stepped,
+            gradients_not_finite=int(not stepped),
             skip_reason=None if stepped else f"the gradient norm is {grad_norm}",
             rows_skipped=len(rows) - len(active),
             computed_tokens=planned.computed_tokens,
@@ -105,23 +108,30 @@ class MegatronBackend:
             },
         )
 
-    def logprobs(self, rows: Sequence[TrainRow], temperature: float = 1.0) -> list[np.ndarray]:
-        """The model's log-probability of every trained token: float32 [T] per row, 0 where the mask is 0."""
+    def logprobs(self, rows: Sequence[TrainRow], temperature: float = 1.0, reference: bool = False) -> list[np.ndarray]:
+        """The model's log-probability of every trained token: float32 [T] per row, 0 where the mask is 0.
+
+        reference: of the weights that the backend was built with; recorded experts are not replayed on them.
+        """
         if not rows:
             return []
         self._validate(rows)
-        ends = np.cumsum([len(row.tokens) for row in rows])
-        flat = torch.zeros(int(ends[-1]), device=self._device)
-        starts = np.concatenate(([0], ends[:-1]))
         settings = StepSettings(learning_rate=0.0, temperature=temperature)
-        with self._running(), torch.no_grad():
-            planned = self._plan(list(enumerate(rows)))
+        trained = [(index, row) for index, row in enumerate(rows) if row.loss_mask.any()]
+        if not trained:
+            return [np.zeros(len(row.tokens), np.float32) for row in rows]
+        if reference:
+            if self._reference is None:
+                raise BackendError("no reference was kept: build the backend with keep_reference")
+            trained = [(index, replace(row, routed_experts=None)) for index, row in trained]
+        weights = self._reference.active() if reference and self._reference else contextlib.nullcontext()
+        with self._running(), torch.no_grad(), weights:
+            planned = self._plan(trained)
             batches = [MicroBatch.of(trees, self._device) for trees in planned.micro_batches]
-            for batch, current in zip(batches, self._run(batches, settings, forward_only=True), strict=True):
-                flat[torch.from_numpy(starts[batch.row] + batch.place).to(self._device)] = current
+            scores = [score[None] for score in self._run(batches, settings, forward_only=True)]
             self._replays.take_counts()
-            whole = self._ranks.reduce(flat).cpu().numpy()
-        return [whole[start:end].copy() for start, end in zip(starts, ends, strict=True)]
+            whole = self._ranks.reduce(scatter(rows, batches, scores))
+        return [score[0].copy() for score in by_row(rows, whole)]
 
     def _validate(self, rows: Sequence[TrainRow]) -> None:
         if not rows:
@@ -194,24 +204,24 @@ class MegatronBackend:
             self._built.table.clear()
             self._replays.feed(None)
 
-    def _measure(self, outcomes: list[Any]) -> dict[str, Any]:
-        """Loss and agreement metrics over all ranks."""
-        differing, compared = self._replays.take_counts()
-        counts = torch.tensor([differing, compared], dtype=torch.float64, device=self._device)
-        sums = self._ranks.reduce(torch.cat([sum(outcome.sums for outcome in outcomes), counts])).tolist()
-        largest = torch.stack([outcome.largest for outcome in outcomes]).amax(0)
-        self._ranks.reduce(largest, torch.distributed.ReduceOp.MAX)
-        total = dict(zip((*SUMS, "differing", "compared"), sums, strict=True))
-        trained = total["trained"]
+    def _measure(
+        self,
+        outcomes: list[Any],
+        rows: Sequence[TrainRow],
+        active: list[tuple[int, TrainRow]],
+        batches: list[MicroBatch],
+    ) -> dict[str, Any]:
+        """Loss, sums and scores over all ranks."""
+        c = torch.tensor(self._replays.take_counts(), dtype=torch.float64, device=self._device)
+        differing, compared = self._ranks.reduce(c).tolist()
+        sums = self._ranks.reduce(sum(outcome.sums for outcome in outcomes)).tolist()
+        total = dict(zip(SUMS, sums, strict=True))
+        flat = self._ranks.reduce(scatter(rows, batches, [outcome.scores for outcome in outcomes]))
         return {
             "loss": total["loss"],
-            "logprob_abs_diff_mean": total["abs_diff"] / trained,
-            "logprob_abs_diff_max": float(largest[0]),
-            "clip_fraction": total["clipped"] / trained,
-            "tis_mean": total["tis"] / trained,
-            "entropy": total["entropy"] / trained,
-            "kl_k3": total["kl_k3"] / trained,
-            "experts_differ_fraction": total["differing"] / total["compared"] if total["compared"] else None,
+            "experts_differ_fraction": differing / compared if compared else None,
+            "sums": {name: total[name] for name in SUMS},
+            **scores_of_run(rows, active, flat),
         }
 
     def _update(self, settings: StepSettings) -> tuple[float, bool]:
@@ -243,23 +253,16 @@ class MegatronBackend:
     @staticmethod
     def _result(rows: Sequence[TrainRow], **fields: Any) -> StepResult:
         unknown = dict.fromkeys(
-            (
-                "grad_norm",
-                "logprob_abs_diff_mean",
-                "logprob_abs_diff_max",
-                "clip_fraction",
-                "tis_mean",
-                "entropy",
-                "kl_k3",
-                "experts_differ_fraction",
-            )
+            ("grad_norm", "logprob_abs_diff_mean", "logprob_abs_diff_max", "entropy", "experts_differ_fraction")
         )
         return StepResult(
             **{
                 **unknown,
                 "rows": len(rows),
+                "rows_masked": sum(not row.loss_mask.any() for row in rows),
                 "tokens": sum(len(row.tokens) for row in rows),
                 "trained_tokens": sum(int(row.loss_mask.sum()) for row in rows),
+                "gradients_not_finite": 0,
                 "computed_tokens": 0,
                 "prompts_not_shared": 0,
                 **fields,

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from postroad_trainer.algorithms import clipped_policy_loss, kl_k3, token_weights, truncated_importance_weights
+from postroad.config.algorithm import AlgorithmSection
+from postroad_trainer.algorithms import LogProbabilities, Segments, policy_objective, weights_of_step
 from postroad_trainer.backend.layout import Tree
 from postroad_trainer.backend.visibility import Layout
 from postroad_trainer.batch import StepSettings, TrainRow
 
-SUMS = ("loss", "trained", "abs_diff", "clipped", "tis", "entropy", "kl_k3")
+SUMS = (
+    "loss",
+    "trained",
+    "policy_loss",
+    "clipped",
+    "rejected",
+    "ratio",
+    "correction_weight",
+    "kl_reference",
+    "entropy",
+)
 
 
 @dataclass
@@ -21,7 +33,8 @@ class MicroBatch:
     """A micro-batch on the device: T positions, u of them predict, p predictions.
 
     tokens: int64 [1, T]. sources: int64 [u] positions; which: int64 [p] into sources; targets: int64 [p].
-    row, place: numpy [p]. weight, advantage, engine: float32 [p], None where only log-probabilities are wanted.
+    row, place: numpy [p]. The last four are None where only log-probabilities are wanted: weight float64 [rows of the step],
+    advantage float32 [p], scores and segments of the predictions (samples are numbered as the rows of the step).
     """
 
     layout: Layout
@@ -34,7 +47,8 @@ class MicroBatch:
     experts: torch.Tensor | None
     weight: torch.Tensor | None = None
     advantage: torch.Tensor | None = None
-    engine: torch.Tensor | None = None
+    scores: LogProbabilities | None = None
+    segments: Segments | None = None
 
     @staticmethod
     def of(trees: list[Tree], device: torch.device) -> MicroBatch:
@@ -59,46 +73,85 @@ class MicroBatch:
             experts=experts,
         )
 
-    def weigh(self, rows: Sequence[TrainRow], settings: StepSettings) -> None:
-        """Adds what the loss needs; the normaliser counts all rows of the batch, run or not."""
-        counts = [int(row.loss_mask.sum()) for row in rows]
-        weights = np.asarray(token_weights(counts, settings.reducer, settings.constant_length), np.float32)
-        advantages = np.asarray([row.advantage for row in rows], np.float32)
-        engine = np.asarray([rows[r].logprobs[t] for r, t in zip(self.row, self.place, strict=True)], np.float32)
-        device = self.tokens.device
-        self.weight = torch.from_numpy(weights[self.row]).to(device)
-        self.advantage = torch.from_numpy(advantages[self.row]).to(device)
-        self.engine = torch.from_numpy(engine).to(device)
+
+def weigh(batches: Sequence[MicroBatch], rows: Sequence[TrainRow], settings: StepSettings) -> None:
+    """Adds to the micro-batches what the loss needs; the reducer's weights count all rows of the step, run or not."""
+    device, names = batches[0].tokens.device, [row.execution or f"{row.group}/{row.sample_id}" for row in rows]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    trained_S = torch.tensor([int(row.loss_mask.sum()) for row in rows])
+    execution_S = torch.tensor([numbers[name] for name in names])
+    weight = weights_of_step(settings.algorithm, trained_S, execution_S).to(device)
+
+    def flat(arrays: Iterable[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays)).astype(np.float32, copy=False))
+
+    advantage = flat(np.broadcast_to(row.advantage, row.tokens.shape) for row in rows)
+    scores = {"engine": flat(row.logprobs for row in rows)}
+    scores |= {role: flat(row.scores[role] for row in rows) for role in rows[0].scores}
+    starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
+    for batch in batches:
+        index = torch.from_numpy(starts[batch.row] + batch.place)
+        batch.weight, batch.advantage = weight, advantage[index].to(device)
+        batch.scores = LogProbabilities({role: score[index].to(device) for role, score in scores.items()})
+        sample_N = torch.from_numpy(batch.row.astype(np.int64)).to(device)
+        batch.segments = Segments(sample_N, torch.ones_like(sample_N, dtype=torch.bool), len(rows))
 
 
 @dataclass
 class Objective:
-    """loss: differentiable scalar. sums: float64 [len(SUMS)]. largest: float64 [1], the largest |difference|."""
+    """loss: differentiable scalar. sums: float64 [len(SUMS)]. scores: float32 [2, p], log-probability and entropy."""
 
     loss: torch.Tensor
     sums: torch.Tensor
-    largest: torch.Tensor
+    scores: torch.Tensor
 
 
 def objective(batch: MicroBatch, current: torch.Tensor, entropy: torch.Tensor, settings: StepSettings) -> Objective:
-    """Clipped policy loss with TIS at current [p]; entropy is [u]. One update per batch, so old = current, detached."""
-    assert batch.weight is not None and batch.advantage is not None and batch.engine is not None
-    old = current.detach()
-    policy = clipped_policy_loss(current, old, batch.advantage, settings.clip_low, settings.clip_high)
-    if settings.tis_cap is None:
-        correction = torch.ones_like(old)
-    else:
-        correction = truncated_importance_weights(old, batch.engine, settings.tis_cap)
-    loss = (batch.weight * correction * policy.loss_N).sum()
-    difference = (old - batch.engine).abs()
-    parts = (
-        loss.detach(),
-        torch.tensor(float(len(old))),
-        difference.sum(),
-        policy.clipped_N.sum(),
-        correction.sum(),
-        entropy[batch.which].sum(),
-        kl_k3(batch.engine, old).sum(),
-    )
-    largest = difference.amax() if len(old) else torch.zeros(())
-    return Objective(loss, torch.stack([part.double().to(loss.device) for part in parts]), largest.double().reshape(1))
+    """The algorithm's loss at current [p]; entropy is [u]."""
+    assert batch.weight is not None and batch.advantage is not None
+    assert batch.scores is not None and batch.segments is not None
+    scores, of_token = batch.scores.with_current(current), entropy[batch.which]
+    result = policy_objective(settings.algorithm, scores, batch.advantage, batch.segments, batch.weight, of_token)
+    sums = {"loss": result.loss.detach().double(), **result.sums}
+    zero = torch.zeros((), dtype=torch.float64, device=current.device)
+    kept = torch.stack([current.detach(), of_token.detach()])
+    return Objective(result.loss, torch.stack([sums.get(name, zero) for name in SUMS]), kept)
+
+
+def rows_to_run(rows: Sequence[TrainRow], algorithm: AlgorithmSection) -> list[tuple[int, TrainRow]]:
+    """(index, row) of the rows that a term of the loss needs: an advantage of 0 leaves the divergence and the entropy."""
+    everything = bool(algorithm.kl_loss_coefficient or algorithm.entropy_coefficient) or "." in algorithm.loss
+    return [
+        (index, row)
+        for index, row in enumerate(rows)
+        if row.loss_mask.any() and (everything or np.broadcast_to(row.advantage, row.tokens.shape)[row.trained].any())
+    ]
+
+
+def scatter(rows: Sequence[TrainRow], batches: Sequence[MicroBatch], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[k, tokens of all rows, one row behind the other] of the values [k, p] of each micro-batch; 0 elsewhere."""
+    ends = np.cumsum([0, *(len(row.tokens) for row in rows)])
+    flat = torch.zeros(len(values[0]), int(ends[-1]), device=values[0].device)
+    for batch, value in zip(batches, values, strict=True):
+        flat[:, torch.from_numpy(ends[batch.row] + batch.place).to(flat.device)] = value
+    return flat
+
+
+def by_row(rows: Sequence[TrainRow], flat: torch.Tensor) -> list[np.ndarray]:
+    """What scatter put together, [k, T] of each row."""
+    return np.split(flat.cpu().numpy(), np.cumsum([len(row.tokens) for row in rows])[:-1], axis=1)
+
+
+def scores_of_run(
+    rows: Sequence[TrainRow], active: Sequence[tuple[int, TrainRow]], flat: torch.Tensor
+) -> dict[str, Any]:
+    """StepResult's scores, and what they say of engine and trainer; flat [2, tokens of all rows]."""
+    whole, run = by_row(rows, flat), {index for index, _ in active}
+    difference = np.concatenate([np.abs(whole[index][0] - row.logprobs)[row.trained] for index, row in active])
+    entropy = np.concatenate([whole[index][1][row.trained] for index, row in active])
+    return {
+        "scores": [score if index in run else None for index, score in enumerate(whole)],
+        "logprob_abs_diff_mean": float(difference.mean(dtype=np.float64)),
+        "logprob_abs_diff_max": float(difference.max()),
+        "entropy": float(entropy.mean(dtype=np.float64)),
+    }
