@@ -32,9 +32,8 @@ def _write(snapshot: Snapshot, base: Path, final: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {}
-    for entry in snapshot.entries:
-        data = snapshot.image[entry.offset : entry.offset + entry.size_bytes].copy()
-        tensors[entry.name] = torch.from_numpy(data).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    for entry, data in snapshot.tensors():
+        tensors[entry.name] = torch.from_numpy(data.copy()).view(DTYPES[entry.dtype]).reshape(entry.shape)
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     for pattern in COPIED:
         for file in base.glob(pattern):

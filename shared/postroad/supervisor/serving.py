@@ -32,8 +32,12 @@ async def served(folder: RunFolder) -> AsyncIterator[OpenedRun]:
         raise FolderError(f"{folder.path} has no model yet: a run writes it at its end; `postroad up` goes on with it")
     recipe = folder.recipe()
     section = recipe.model.model_copy(update={"path": str(model), "bundled": None})
-    alone = recipe.rollout.model_copy(update={"engines": 1})
-    recipe = recipe.model_copy(update={"name": "chat", "model": section, "rollout": alone})
+    engine = recipe.rollout.engine.model_copy(update={"roles": []})
+    alone = {
+        "rollout": recipe.rollout.model_copy(update={"engines": 1, "engine": engine}),
+        "router": recipe.router.model_copy(update={"replicas": 1}),
+    }
+    recipe = recipe.model_copy(update={"name": "chat", "model": section, **alone})
     async with AsyncExitStack() as stack:
         place = RunFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="postroad-chat-"))))
         with held(place, "reader"):
@@ -69,6 +73,6 @@ async def _publish(store: Store, engine: Member) -> None:
     version = engine.version or 0
     manifest = Manifest(
         run=store.run, version=version, parent=None, digest=engine.info.get("digest") or "", size_bytes=0, tensors=[],
-        checksums=[], created=time.time(),
+        created=time.time(),
     )  # fmt: skip
-    await store.compare_and_set(DOCUMENT, "", str(version), manifest.model_dump(mode="json"))
+    await store.compare_and_set(DOCUMENT, "", str(manifest.stamp), manifest.model_dump(mode="json"))

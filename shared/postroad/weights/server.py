@@ -1,0 +1,72 @@
+"""A process that holds images of weights and lets others read them: a trainer's rank, or an engine that relays."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from postroad.weights.snapshot import Image
+from postroad.weights.transports import HEADER, KEY_IS_WRONG, RELEASED
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 60.0
+SLOWEST_BYTES_S = 1e6  # a reader that takes less than this is cut off
+_SMALL_BYTES = 64 * 1024
+_LINE_BYTES = 1024 * 1024
+
+
+class ImageServer:
+    """Serves ranges of images over TCP, with sendfile. `find` gives the image of a version, or None."""
+
+    def __init__(self, find: Callable[[int], Image | None], key: str) -> None:
+        self._find, self._key = find, key
+        self._server: asyncio.Server | None = None
+        self._address, self._port = "", 0
+
+    async def start(self, host: str, advertise: str = "") -> None:
+        self._server = await asyncio.start_server(self._serve, host, 0, limit=_LINE_BYTES)
+        self._address = advertise or host
+        self._port = int(self._server.sockets[0].getsockname()[1])
+
+    def endpoint(self) -> dict[str, Any]:
+        return {"transport": "tcp", "address": self._address, "port": self._port}
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await asyncio.wait_for(reader.readline(), IDLE_S):
+                await self._answer(json.loads(line), writer)
+        except (TimeoutError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            logger.info("a weight reader is gone: %r", error)
+        finally:
+            writer.transport.abort()
+
+    async def _answer(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        image = self._find(int(request["version"]))
+        ranges = [(int(offset), int(size)) for offset, size in request["ranges"]]
+        allowed = hmac.compare_digest(str(request["key"]).encode(), self._key.encode())
+        total = sum(size for _, size in ranges)
+        if not allowed or image is None or any(o < 0 or s < 0 or o + s > image.size_bytes for o, s in ranges):
+            writer.write(HEADER.pack(RELEASED if allowed else KEY_IS_WRONG))
+            await writer.drain()
+            return
+        writer.write(HEADER.pack(total))
+        descriptor = os.dup(image.descriptor)  # the image may be released while it is being sent
+        with os.fdopen(descriptor, "rb") as file:
+            for offset, size in ranges:
+                if size <= _SMALL_BYTES:
+                    writer.write(os.pread(descriptor, size, offset))
+                    continue
+                await asyncio.wait_for(writer.drain(), IDLE_S)
+                sending = asyncio.get_running_loop().sendfile(writer.transport, file, offset, size)
+                await asyncio.wait_for(sending, IDLE_S + size / SLOWEST_BYTES_S)
+        await asyncio.wait_for(writer.drain(), IDLE_S)
