@@ -95,6 +95,11 @@ class Puller:
         self._reading.hand_out(manifest.stamp)
         return self._staging.tensors(manifest)
 
+    def info(self) -> dict[str, object]:
+        """For a registry: what carried the last version, what each transport gave at best (bytes/s), what was moved."""
+        rates = {transport: round(rate) for transport, rate in self.rates.best().items()}
+        return {"transport": self.transport, "transport_rates": rates, "weights_moved_bytes": self.bytes_moved}
+
     async def serve(self, host: str, advertise: str = "") -> None:
         """From now on let other readers have what this one has verified."""
         self._relay = Relay(self._store, self._key, self.name)
