@@ -43,7 +43,9 @@ async def run(environment: Environment, recipe: Recipe) -> None:
     store = await Store.connect(environment.redis_url, environment.run)
     engine = await asyncio.to_thread(Engine, settings)
     engine.start()
-    updater = Updater(engine, bus, Puller(store, environment.key), name=name, mode=recipe.rollout.engine.update)
+    puller = Puller(store, environment.key, name=name)
+    await puller.serve(environment.host, environment.advertise)
+    updater = Updater(engine, bus, puller, name=name, mode=recipe.rollout.engine.update)
     server = Server(create_app(engine, updater.current.is_set), settings)
     url = f"http://{environment.advertise or environment.host}:{server.port}"
 
@@ -52,7 +54,7 @@ async def run(environment: Environment, recipe: Recipe) -> None:
             state = "failed" if engine.failure else "ready" if updater.current.is_set() else "pulling"
             info = {
                 "url": url, "pid": os.getpid(), "port": server.port, "version": engine.version, "digest": engine.digest,
-                "state": state, "slots": settings.slots, **engine.load(),
+                "state": state, "slots": settings.slots, **engine.load(), **puller.info(),
             }  # fmt: skip
             await store.register("engine", name, info, TTL_S)
             with contextlib.suppress(TimeoutError):
@@ -77,6 +79,7 @@ async def run(environment: Environment, recipe: Recipe) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         await store.leave("engine", name)
         await asyncio.to_thread(engine.close)
+        await puller.close()
         await store.close()
         await bus.close()
 

@@ -232,6 +232,7 @@ class TrainerService:
                 ) from None
 
     async def _publish(self, version: int, digest: str) -> None:
+        await self.publisher.make_room()
         snapshot = await self.leader.freeze(self.environment.run, version)
         await self.publisher.publish(snapshot, digest)
 
