@@ -9,14 +9,15 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from postroad_router.access import Access, Admission
+from postroad_router import sessions_api
+from postroad_router.access import Access, Admission, shaped
+from postroad_router.bodies import read_body
 from postroad_router.completions import Answer, ChatAnswer, TextAnswer
 from postroad_router.errors import ApiError
 from postroad_router.exchange import complete, converse
@@ -27,8 +28,6 @@ from postroad_router.parts import Parts
 
 logger = logging.getLogger(__name__)
 
-BODY_BYTES = 16 * 1024 * 1024
-BODY_DEPTH = 64
 CLIENT_GONE = 499
 
 Result = TypeVar("Result")
@@ -39,8 +38,9 @@ def create_app(parts: Parts) -> FastAPI:
     app = FastAPI(title="postroad router", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.parts = parts
     app.include_router(routes)
+    app.include_router(sessions_api.routes)
     app.add_middleware(Admission, limit=parts.dispatcher.settings.concurrency)
-    app.add_middleware(Access, key=parts.key)  # the outermost
+    app.add_middleware(Access, keys=parts.keys)  # the outermost
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _server_error)
@@ -49,7 +49,7 @@ def create_app(parts: Parts) -> FastAPI:
 
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    exchange = await converse(request.app.state.parts, read_chat(await read_body(request)))
+    exchange = await converse(request.app.state.parts, read_chat(await read_body(request)), request.state.caller)
     return await _answer(request, ChatAnswer(exchange))
 
 
@@ -119,34 +119,6 @@ async def metrics(request: Request) -> Response:
 
 
 # ── bodies, streams and clients that leave ───────────────────────────────────────────────────────────────────────
-async def read_body(request: Request) -> dict[str, Any]:
-    """The JSON object. Raises ApiError 400 or 413."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > BODY_BYTES:
-            raise ApiError(413, f"the body exceeds {BODY_BYTES} bytes", code="body_too_large")
-    try:
-        body = orjson.loads(data)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
-    if too_deep(body):
-        raise ApiError(400, f"the body is nested deeper than {BODY_DEPTH} levels", code="body_too_deep")
-    if not isinstance(body, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {type(body).__name__}", code="invalid_json")
-    return body
-
-
-def too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(BODY_DEPTH):
-        inside = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [child for children in inside for child in children if isinstance(child, dict | list)]
-        if not level:
-            return False
-    return True
-
-
 async def until_gone(receive: Receive, work: Awaitable[Result]) -> Result:
     """The result of `work`, which is cancelled where the client leaves before it is done."""
     working = asyncio.ensure_future(work)
@@ -205,9 +177,9 @@ def _model(parts: Parts, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": parts.started, "owned_by": "postroad"}
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, error.headers)
+    return JSONResponse(shaped(request.url.path, error), error.status, error.headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

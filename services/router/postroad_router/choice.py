@@ -32,6 +32,7 @@ class Choice:
         self.digests: dict[int, str] = {}
         self.engine = ""
         self.experts: np.ndarray | None = None
+        self.unmatched: tuple[int, ...] = ()
         self.finish: Finish | None = None
         self.listed: list[dict[str, Any]] = []
         self._parts: dict[str, list[str]] = {"content": [], "reasoning": []}
@@ -44,6 +45,7 @@ class Choice:
         self.versions += chunk.versions
         self.digests |= chunk.digests
         self.engine, self.finish, self.experts = chunk.engine, chunk.finish, chunk.routed_experts
+        self.unmatched = chunk.unmatched
         if self._listing:
             self.listed += self.entries(chunk)
         text = self._text.push(chunk.tokens)
@@ -103,7 +105,7 @@ class Choice:
         raw = self._vocabulary.token_bytes(token)
         return {"token": raw.decode(errors="replace"), "logprob": value, "bytes": list(raw)}
 
-    def extensions(self, token_ids: bool) -> dict[str, Any]:
+    def extensions(self, token_ids: bool, experts: bool) -> dict[str, Any]:
         """postroad's own fields of a choice: the weight versions, and where asked for all that is exact to the token."""
         spans = [list(span) for span in version_spans(self.versions)]
         if not token_ids:
@@ -114,9 +116,10 @@ class Choice:
             "versions": spans, "digests": {str(v): digest for v, digest in self.digests.items() if v in used},
             "engine": self.engine,
         }  # fmt: skip
-        if self.experts is not None:
+        if experts and self.experts is not None:
             fields["routed_experts"] = {
                 "dtype": self.experts.dtype.str.lstrip("<|"), "shape": list(self.experts.shape),
+                "unmatched": list(self.unmatched),
                 "data": base64.b64encode(self.experts.tobytes()).decode(),
             }  # fmt: skip
         return fields

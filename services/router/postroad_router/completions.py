@@ -35,7 +35,7 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         await self.exchange.whole()
         choices = [
-            {"index": index, **self.choice(choice), **choice.extensions(self.asked.return_token_ids)}
+            {"index": index, **self.choice(choice), **self._extensions(choice)}
             for index, choice in enumerate(self.exchange.choices)
         ]
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": self.exchange.usage}
@@ -50,7 +50,7 @@ class Answer:
                 async for step in steps:
                     parts = self.parts(step)
                     if step.chunk.finish:
-                        parts[-1] |= step.choice.extensions(self.asked.return_token_ids)
+                        parts[-1] |= self._extensions(step.choice)
                     for part in parts:
                         started = True
                         yield self._event([{"index": step.index, **part}], **usage)
@@ -62,6 +62,9 @@ class Answer:
         if usage:
             yield self._event([], usage=self.exchange.usage)
         yield b"data: [DONE]\n\n"
+
+    def _extensions(self, choice: Choice) -> dict[str, Any]:
+        return choice.extensions(self.asked.return_token_ids, self.asked.routed_experts)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "object": self.event_object, "choices": choices, **more})

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from postroad_router.errors import ApiError
 from postroad_router.families import Family
 
 Message = dict[str, Any]  # role, content, and where there are any: reasoning_content, tool_calls, tool_call_id, name
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client says: messages in this module's spelling, tools, and the template's own variables."""
+
+    messages: Sequence[Message]
+    tools: list[dict[str, Any]] | None
+    variables: dict[str, Any]
 
 
 def plain_messages(messages: Sequence[Any]) -> list[Message]:
@@ -19,12 +29,15 @@ def plain_messages(messages: Sequence[Any]) -> list[Message]:
 
 def for_template(messages: Sequence[Message], family: Family) -> list[Message]:
     """Messages as `family`'s chat template takes them."""
-    if family.text_arguments:
-        return list(messages)
-    return [
-        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]} if "tool_calls" in message else message
-        for message in messages
-    ]  # fmt: skip
+    return [_for_template(message, family) for message in messages]
+
+
+def _for_template(message: Message, family: Family) -> Message:
+    if family.harmony and "reasoning_content" in message:
+        message = {**message, "thinking": message["reasoning_content"]}
+    if family.text_arguments or "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
 
 
 def _plain(message: Any, place: str) -> Message:

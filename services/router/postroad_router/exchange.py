@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+from postroad_router.access import Caller
 from postroad_router.choice import Choice
-from postroad_router.conversation import Message, for_template, plain_messages
+from postroad_router.conversation import Asked, plain_messages
 from postroad_router.errors import ApiError
 from postroad_router.families import THINK
-from postroad_router.generation import TokenChunk
+from postroad_router.generation import GenerationRequest, TokenChunk
 from postroad_router.merge import merged
 from postroad_router.openai_types import MAX_CHOICES, ChatRequest, CompletionRequest, SamplingFields, generation_request
 from postroad_router.parsers import Delta, make_parser
 from postroad_router.parts import Parts
+from postroad_router.sessions.session import Prompt, Session, anew
 from postroad_router.template import TemplateError
 from postroad_router.text import TextStream
-
-LONG_TEXT = 20_000  # characters from which on tokenising leaves the event loop
 
 
 @dataclass(frozen=True)
@@ -33,27 +31,41 @@ class Step:
     deltas: list[Delta]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the answers of a request are kept."""
+
+    session: Session
+    asked: Asked
+    prompt: Prompt
+
+
 class Exchange:
-    """`steps` generates all choices; they are whole at its end."""
+    """`steps` generates all choices; they are whole at its end, and in their session where there is one."""
 
     def __init__(
-        self, parts: Parts, asked: SamplingFields, prompts: Sequence[list[int]], choices: list[Choice]
-    ) -> None:
+        self, parts: Parts, asked: SamplingFields, prompts: Sequence[list[int]], choices: list[Choice],
+        place: Place | None = None,
+    ) -> None:  # fmt: skip
         limit_s = parts.dispatcher.settings.timeout_s
         self.asked, self.prompts, self.choices = asked, prompts, choices
-        self._dispatcher = parts.dispatcher
-        self._requests = [
+        self._dispatcher, self._place = parts.dispatcher, place
+        requests = [
             generation_request(asked, prompt, parts.max_length, limit_s, number)
             for prompt in prompts
             for number in range(asked.n)
         ]
+        self._requests = requests if place is None else [_placed(request, place, parts) for request in requests]
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         generations = [self._dispatcher.generate(request) for request in self._requests]
         async with aclosing(merged(generations)) as chunks:
             async for index, chunk in chunks:
                 choice = self.choices[index]
-                yield Step(index, choice, chunk, choice.push(chunk))
+                deltas = choice.push(chunk)
+                if chunk.finish and self._place is not None:
+                    await self._place.session.record(self._place.asked, self._place.prompt, choice)
+                yield Step(index, choice, chunk, deltas)
 
     async def whole(self) -> None:
         async with aclosing(self.steps()) as steps:
@@ -85,13 +97,31 @@ def check(parts: Parts, asked: SamplingFields) -> None:
         raise ApiError(400, message, param=param, code="unsupported_parameter")
 
 
-async def converse(parts: Parts, chat: ChatRequest) -> Exchange:
-    """The exchange of a chat request."""
+async def converse(parts: Parts, chat: ChatRequest, caller: Caller) -> Exchange:
+    """The exchange of a chat request, in the caller's session where it names one."""
     check(parts, chat)
-    text = render(parts, plain_messages(chat.messages), chat.plain_tools, chat.variables)
-    tokens = await tokenise(parts, text)
-    reasoning = text.rstrip().endswith(THINK[0])
-    return Exchange(parts, chat, [tokens], [_choice(parts, chat, tokens, reasoning) for _ in range(chat.n)])
+    asked = Asked(plain_messages(chat.messages), chat.plain_tools, chat.variables)
+    place = None
+    try:
+        if caller.session:
+            session = Session(parts.sessions, caller.session, caller.identity)
+            await session.open()
+            place = Place(session, asked, await session.prompt(asked, parts.junctions))
+        prompt = await anew(asked, parts.junctions) if place is None else place.prompt
+    except (TemplateError, UnicodeEncodeError) as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+    reasoning = prompt.text.rstrip().endswith(THINK[0])
+    choices = [_choice(parts, chat, prompt.tokens, reasoning) for _ in range(chat.n)]
+    return Exchange(parts, chat, [prompt.tokens], choices, place)
+
+
+def _placed(request: GenerationRequest, place: Place, parts: Parts) -> GenerationRequest:
+    """With what the session wants: its engine, its version, and the experts that it does not know yet."""
+    experts = request.routed_experts or parts.capture
+    return replace(
+        request, session=place.session.name, routed_experts=experts, experts_known=place.prompt.experts_known if experts else 0,
+        version=request.version if place.session.version is None else place.session.version,
+    )  # fmt: skip
 
 
 async def complete(parts: Parts, asked: CompletionRequest) -> Exchange:
@@ -115,7 +145,7 @@ async def _prompt(parts: Parts, prompt: str | list[int]) -> list[int]:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ApiError(400, f"prompt: {error}", param="prompt", code="invalid_value") from error
-        prompt = await tokenise(parts, prompt)
+        prompt = await parts.vocabulary.encoded(prompt)
     if not prompt or not all(0 <= token < parts.model.vocabulary for token in prompt):
         message = f"prompt must have tokens, each from 0 to {parts.model.vocabulary - 1}"
         raise ApiError(400, message, param="prompt", code="invalid_value")
@@ -126,23 +156,3 @@ def _choice(parts: Parts, chat: ChatRequest, tokens: list[int], reasoning: bool)
     text = TextStream(parts.read, chat.stop_strings)
     parser = make_parser(parts.family, chat.schemas, reasoning, chat.forced)
     return Choice(tokens, parts.vocabulary, text, parser, chat.logprobs_wanted)
-
-
-def render(
-    parts: Parts, messages: Sequence[Message], tools: list[dict[str, Any]] | None, variables: dict[str, Any]
-) -> str:
-    """The prompt's text. Raises ApiError 400."""
-    try:
-        text = parts.template.render(
-            for_template(messages, parts.family), tools=tools, variables={**parts.family.variables, **variables}
-        )
-        text.encode()
-    except (TemplateError, UnicodeEncodeError) as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
-    return text
-
-
-async def tokenise(parts: Parts, text: str) -> list[int]:
-    if len(text) < LONG_TEXT:
-        return parts.vocabulary.encode(text)
-    return await asyncio.to_thread(parts.vocabulary.encode, text)

@@ -38,12 +38,20 @@ class GenerationRequest:
     session: str = ""
     stream_interval: int = 1  # tokens between two chunks: more where nobody watches them come
 
+    def allows(self, version: int) -> bool:
+        return version >= self.minimum_version and self.version in (None, version)
+
+    @property
+    def versions_asked(self) -> str:
+        return f"{self.minimum_version} or newer" if self.version is None else f"{self.version} alone"
+
 
 @dataclass(frozen=True)
 class TokenChunk:
     """The next tokens. All lists are aligned to `tokens`; `top` is empty unless top_logprobs were asked for.
-    The last chunk has `finish`, and `routed_experts` [prompt + generated - 1 - experts_known, MoE layers, top-k] where
-    asked for."""
+    The last chunk has `finish`, and where routed experts were asked for `routed_experts`, [prompt + generated - 1 -
+    experts_known, MoE layers, top-k], and `unmatched`: the generated tokens whose row is not known to be that of the pass
+    which sampled them. They are not to be trained on."""
 
     tokens: list[int]
     log_probabilities: list[float]
@@ -53,6 +61,7 @@ class TokenChunk:
     digests: dict[int, str] = field(default_factory=dict)
     finish: Finish | None = None
     routed_experts: np.ndarray | None = None
+    unmatched: tuple[int, ...] = ()
 
 
 def version_spans(versions: list[int]) -> list[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ raise_exception, strftime_now and tojson.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 
 from postroad_router.model import ModelFolderError, read_json
 
+LONG_TEXT = 20_000  # characters
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -82,7 +84,12 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt: special tokens are those that the template wrote."""
+        text.encode()  # tokenizers panics on what is no Unicode
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    async def encoded(self, text: str) -> list[int]:
+        """Like encode; a long text does not hold up the event loop."""
+        return self.encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(self.encode, text)
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=not special))

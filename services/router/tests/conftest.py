@@ -153,7 +153,8 @@ class StubEngine:
                 [entry, [-9.0, 4, None]][: body["top_logprobs_num"]] for entry in entries[shown]
             ]
         if finish and body.get("return_routed_experts"):
-            count = len(body["input_ids"]) + len(tokens) - 1 - self.loses_experts
+            start = body.get("routed_experts_start_len", 0)
+            count = len(body["input_ids"]) + len(tokens) - 1 - self.loses_experts - start
             rows = np.full((count, 2, 2), self.mark, dtype="<i4")
             meta["routed_experts"] = base64.b64encode(rows.tobytes()).decode()
         return {"text": "", "output_ids": tokens[shown], "meta_info": meta}
@@ -208,11 +209,11 @@ async def until(condition: Callable[[], Any], deadline_s: float = 10.0) -> None:
         await asyncio.sleep(0.01)
 
 
-def recipe(**router: Any) -> Recipe:
+def recipe(max_length: int = 256, **router: Any) -> Recipe:
     return Recipe.model_validate({
         "name": RUN, "model": {"path": "/models/stub"}, "data": {"kind": "file", "path": "rows.jsonl"},
         "reward": {"grader": "exact"}, "trainer": {"steps": 1}, "router": router,
-        "rollout": {"engine": {"max_length": 256}, "sampling": {"max_new_tokens": 64}},
+        "rollout": {"engine": {"max_length": max_length}, "sampling": {"max_new_tokens": 64}},
     })  # fmt: skip
 
 
