@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
 import sys
+from functools import partial
+from typing import get_args
 
 from postroad.bus import Bus
 from postroad.config import Environment, Recipe
@@ -13,7 +16,7 @@ from postroad.service import run_service
 from postroad.store import Store
 from postroad.weights import Puller
 from postroad_rollout.sglang.engine import SGLangEngine
-from postroad_rollout.sglang.server import SGLangError, SGLangServer
+from postroad_rollout.sglang.server import Role, SGLangError, SGLangServer
 from postroad_rollout.sglang.weights import serialize
 from postroad_rollout.updates import Updater
 
@@ -21,11 +24,11 @@ HEARTBEAT_S = 1.0
 TTL_S = 5.0
 
 
-async def serve(environment: Environment, recipe: Recipe, stop: asyncio.Event) -> None:
+async def serve(role: Role, environment: Environment, recipe: Recipe, stop: asyncio.Event) -> None:
     """Serve until told to stop. The engine is registered as ready once it serves the newest published version."""
     section = recipe.rollout.engine
     name = environment.name or f"engine-{os.getpid()}"
-    server = SGLangServer(recipe, environment)
+    server = SGLangServer(recipe, environment, role=role)
     bus = await Bus.connect(environment.nats_url, environment.run)
     store = await Store.connect(environment.redis_url, environment.run)
     ranks = int(section.sglang.options.get("tp-size", section.sglang.options.get("tp_size", 1)))
@@ -38,6 +41,7 @@ async def serve(environment: Environment, recipe: Recipe, stop: asyncio.Event) -
             info = {
                 "url": url, "pid": os.getpid(), "port": server.port, "version": engine.version, "digest": engine.digest,
                 "state": "ready" if updater.current.is_set() else "pulling", "slots": section.slots,
+                "role": role, "bootstrap_port": server.bootstrap_port,
             }  # fmt: skip
             await store.register("engine", name, info, TTL_S)
             with contextlib.suppress(TimeoutError):
@@ -45,7 +49,8 @@ async def serve(environment: Environment, recipe: Recipe, stop: asyncio.Event) -
                 updater.switched.clear()
 
     async def work() -> None:
-        await server.start()
+        server.launch()
+        await server.ready()
         async with asyncio.TaskGroup() as group:
             for job in (server.watch(), updater.run(), beat()):
                 group.create_task(job)
@@ -67,4 +72,6 @@ async def serve(environment: Environment, recipe: Recipe, stop: asyncio.Event) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_service("engine", serve, SGLangError))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--role", default="mixed", choices=get_args(Role))
+    sys.exit(run_service("engine", partial(serve, parser.parse_args().role), SGLangError))

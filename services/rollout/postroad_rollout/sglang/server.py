@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
 from postroad.config import Environment, Recipe
-from postroad.supervisor.processes import exited
+from postroad.supervisor.processes import exited, signal_group
 from postroad.supervisor.servers import free_port
 from postroad_rollout.engine.errors import EngineError
 
@@ -29,11 +29,16 @@ RESERVED = ("model-path", "host", "port", "api-key", "weight-version", "context-
             "random-seed", "enable-return-routed-experts", "served-model-name")  # fmt: skip
 
 
+Role = Literal["mixed", "prefill", "decode"]
+
+
 class SGLangError(EngineError):
     """SGLang can't be used as it is configured or installed; the message says what to change."""
 
 
-def arguments_of(recipe: Recipe, environment: Environment, port: int) -> list[str]:
+def arguments_of(
+    recipe: Recipe, environment: Environment, port: int, bootstrap_port: int | None = None, role: Role = "mixed"
+) -> list[str]:
     """The server's command line: what the recipe decides, then its `rollout.engine.sglang.options` as they are."""
     engine = recipe.rollout.engine
     options = engine.sglang.options
@@ -44,6 +49,7 @@ def arguments_of(recipe: Recipe, environment: Environment, port: int) -> list[st
         "weight-version": 0, "random-seed": recipe.seed, "context-length": engine.max_length,
         "max-running-requests": engine.slots, "skip-server-warmup": True, "log-level": "warning",
         "enable-return-routed-experts": recipe.rollout.routed_experts,
+        "disaggregation-mode": None if role == "mixed" else role, "disaggregation-bootstrap-port": bootstrap_port,
         **{name.replace("_", "-"): value for name, value in options.items()},
     }  # fmt: skip
     return flags(given)
@@ -66,25 +72,26 @@ def flags(options: dict[str, Any]) -> list[str]:
 class SGLangServer:
     """One `sglang.launch_server`, in a process group of its own. `url` is valid from the start."""
 
-    def __init__(self, recipe: Recipe, environment: Environment, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, environment: Environment, command: Sequence[str] | None = None, role: Role = "mixed"
+    ) -> None:
         self.port = environment.port or free_port()
+        self.bootstrap_port = free_port() if role == "prefill" else None
         self.url = f"http://{environment.host}:{self.port}"
         self._environment = {**os.environ, "POSTROAD_KEY": environment.key}
-        self._command = list(command or self._launch()) + arguments_of(recipe, environment, self.port)
+        self._command = list(command or _launcher()) + arguments_of(
+            recipe, environment, self.port, self.bootstrap_port, role
+        )
         self._deadline_s = recipe.rollout.engine.sglang.start_deadline_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    @staticmethod
-    def _launch() -> list[str]:
-        if importlib.util.find_spec("sglang") is None:
-            raise SGLangError(f"sglang is not installed for {sys.executable}: pip install sglang, or set "
-                              "rollout.engine.sglang.python to the interpreter that has it")  # fmt: skip
-        return [sys.executable, "-m", "postroad_rollout.sglang.launcher"]
-
-    async def start(self) -> None:
-        """Returns when the server answers its health check. Raises SGLangError past the start deadline."""
+    def launch(self) -> None:
         # its output is ours: the supervisor and the container keep the log
         self._process = subprocess.Popen(self._command, env=self._environment, start_new_session=True)
+
+    async def ready(self) -> None:
+        """Returns when the server answers its health check. Raises RuntimeError where it ends before, or is too slow."""
+        assert self._process is not None
         end = time.monotonic() + self._deadline_s
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PROBE_S)) as session:
             while not await self.healthy(session):
@@ -120,10 +127,13 @@ class SGLangServer:
 
     def kill(self) -> None:
         """End the server and what it started, at once: the GPU's memory goes back with them."""
-        if self._process is None:
-            return
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+        if self._process is not None:
+            signal_group(self._process, signal.SIGKILL)
+            self._process.wait()
+
+
+def _launcher() -> list[str]:
+    if importlib.util.find_spec("sglang") is None:
+        raise SGLangError(f"sglang is not installed for {sys.executable}: pip install sglang, or set "
+                          "rollout.engine.sglang.python to the interpreter that has it")  # fmt: skip
+    return [sys.executable, "-m", "postroad_rollout.sglang.launcher"]
