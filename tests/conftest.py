@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib hides the modules beside the tests
+
 ROOT = Path(__file__).parents[1]
 POSTROAD = Path(sys.executable).with_name("postroad")
 

@@ -16,6 +16,8 @@ from postroad.store import Store
 from postroad.weights import Holder, Manifest, Publisher, Puller, Shard, Snapshot, WeightsError, reads
 from postroad.weights import puller as puller_module
 from postroad.weights.manifest import READERS as READER_REGISTRY
+from postroad.weights.nixl import installed
+from postroad.weights.publisher import TRANSPORTS
 from postroad.weights.slices import shard, whole, within
 from postroad.weights.transports import READERS
 
@@ -44,9 +46,10 @@ class Plane:
 
 
 @pytest.fixture
-async def plane(nats, valkey, tmp_path) -> AsyncIterator[Plane]:
+async def plane(nats, valkey, tmp_path, request) -> AsyncIterator[Plane]:
     bus, store = await Bus.connect(nats.url, "r"), await Store.connect(valkey.url, "r")
-    publisher = Publisher(bus, store, KEY, folder=tmp_path / "weights")
+    transports = [*TRANSPORTS, "nixl"] if "nixl" in request.node.name else TRANSPORTS
+    publisher = Publisher(bus, store, KEY, transports=transports, folder=tmp_path / "weights")
     await publisher.start()
     puller = Puller(store, KEY, stall_s=2)
     yield Plane(bus, store, publisher, puller)
@@ -70,7 +73,10 @@ def assert_has(puller: Puller, manifest: Manifest, seed: int) -> None:
         assert np.array_equal(data, expected), name
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "tcp", "folder"])
+nixl = pytest.param("nixl", marks=pytest.mark.skipif(not installed(), reason="NIXL is not installed (postroad[rdma])"))
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "tcp", "folder", nixl])
 async def test_a_pulled_version_is_the_published_one(plane, transport):
     await plane.publish(1)
     manifest = only(await plane.puller.current(), transport)

@@ -13,6 +13,7 @@ from pathlib import Path
 from postroad.bus import Bus
 from postroad.store import Lease, LeaseLost, Store, StoreConflict, StoreError
 from postroad.weights.manifest import DOCUMENT, READERS, Manifest, Part, merge
+from postroad.weights.nixl import NixlProcess
 from postroad.weights.protocol import LEASE_S, Shelf, Stamp, WeightsError, check_publication
 from postroad.weights.server import ImageServer
 from postroad.weights.snapshot import Image, Snapshot
@@ -23,15 +24,19 @@ logger = logging.getLogger(__name__)
 ROOM_S = 30.0  # how long a slow reader may keep a superseded snapshot from giving room to the next
 POLL_S = 0.05
 LEASE = "weights.publisher"
+TRANSPORTS = ("shared_memory", "tcp")
 
 
 class Holder:
-    """One rank's snapshots, and the ways to read them."""
+    """One rank's snapshots, and the ways to read them: `transports`, and a folder where there is one."""
 
-    def __init__(self, key: str, *, name: str = "trainer", folder: Path | None = None) -> None:
-        self.name, self._folder = name, folder
+    def __init__(
+        self, key: str, *, name: str = "trainer", transports: Sequence[str] = TRANSPORTS, folder: Path | None = None
+    ) -> None:
+        self.name, self._transports, self._folder = name, transports, folder
         self.snapshots: dict[int, Snapshot] = {}
         self._server = ImageServer(self._find, key)
+        self._nixl = NixlProcess()
 
     def _find(self, version: int) -> Image | None:
         snapshot = self.snapshots.get(version)
@@ -42,9 +47,19 @@ class Holder:
 
     async def hold(self, snapshot: Snapshot) -> Part:
         """Keep `snapshot` in place of another of its version; what it has and where it can be read."""
-        self.release(snapshot.version)
+        await self.release(snapshot.version)
         self.snapshots[snapshot.version] = snapshot
-        endpoints = [SharedMemoryReader.endpoint_of(snapshot.image), self._server.endpoint()]
+        endpoints = []
+        if "shared_memory" in self._transports:
+            endpoints.append(SharedMemoryReader.endpoint_of(snapshot.image))
+        if "tcp" in self._transports:
+            endpoints.append(self._server.endpoint())
+        if "nixl" in self._transports:
+            try:
+                registered = await asyncio.to_thread(self._nixl.register, snapshot.image)
+                endpoints.append({"transport": "nixl", **registered})
+            except (WeightsError, OSError) as error:
+                logger.warning("version %d is not offered over NIXL: %s", snapshot.version, error)
         if self._folder is not None:
             path = self._folder / f"v{snapshot.version}" / "model.safetensors"
             tensors = [(entry.name, entry.dtype, entry.shape, data) for entry, data in snapshot.tensors()]
@@ -52,16 +67,22 @@ class Holder:
             endpoints.append({"transport": "folder", "path": str(path)})
         return snapshot.part(self.name, endpoints)
 
-    def release(self, version: int) -> None:
-        if (snapshot := self.snapshots.pop(version, None)) is not None:
-            snapshot.close()
-            if self._folder is not None:
-                shutil.rmtree(self._folder / f"v{version}", ignore_errors=True)
+    async def release(self, version: int) -> None:
+        if (snapshot := self.snapshots.pop(version, None)) is None:
+            return
+        try:
+            await asyncio.to_thread(self._nixl.release, snapshot.image.name)
+        except (WeightsError, OSError) as error:
+            logger.warning("NIXL did not release version %d: %s", version, error)
+        snapshot.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder / f"v{version}", ignore_errors=True)
 
     async def close(self) -> None:
         await self._server.close()
+        self._nixl.close()
         for version in list(self.snapshots):
-            self.release(version)
+            await self.release(version)
 
 
 class Publisher:
@@ -69,10 +90,10 @@ class Publisher:
 
     def __init__(
         self, bus: Bus, store: Store, key: str, *, host: str = "127.0.0.1", advertise: str = "",
-        folder: Path | None = None,
+        transports: Sequence[str] = TRANSPORTS, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self._bus, self._store, self._host, self._advertise = bus, store, host, advertise
-        self._holder = Holder(key, folder=folder)
+        self._holder = Holder(key, transports=transports, folder=folder)
         self._shelf = Shelf()
         self._identity = uuid.uuid4().hex
         self._lease: Lease | None = None
@@ -124,7 +145,7 @@ class Publisher:
             if not self._shelf.has_room() and time.monotonic() > end:
                 for version in self._shelf.surplus():
                     logger.warning("version %d is released under its readers after %.0f s", version, ROOM_S)
-                    self._release(version)
+                    await self._release(version)
             elif not self._shelf.has_room():
                 await asyncio.sleep(POLL_S)
 
@@ -132,11 +153,11 @@ class Publisher:
         if len(self._shelf.held) > 1:
             readers = await self._store.members(READERS)
             for version in self._shelf.idle(int(reader["version"]) for reader in readers.values()):
-                self._release(version)
+                await self._release(version)
 
-    def _release(self, version: int) -> None:
+    async def _release(self, version: int) -> None:
         self._shelf.release(version)
-        self._holder.release(version)
+        await self._holder.release(version)
 
     async def publish(self, snapshot: Snapshot, digest: str, parts: Sequence[Part] = ()) -> Manifest:
         """Make `snapshot`, together with the `parts` that other ranks hold, the run's current version. After a restart
@@ -159,7 +180,7 @@ class Publisher:
             await self._store.compare_and_set(DOCUMENT, found, str(stamp), manifest.model_dump(mode="json"))
         except (WeightsError, StoreConflict) as error:
             if version != self._shelf.published:
-                self._release(version)
+                await self._release(version)
             raise WeightsError(f"version {version} is not published: {error}") from error
         self._shelf.publish(version)
         await self._bus.announce(f"weights.{self._bus.subjects.run}", str(version).encode())

@@ -14,6 +14,7 @@ import numpy as np
 from postroad.store import Lease, LeaseLost, Store, StoreError
 from postroad.weights.manifest import DOCUMENT, Manifest, Source, TensorEntry
 from postroad.weights.manifest import READERS as READER_REGISTRY
+from postroad.weights.nixl import NixlProcess
 from postroad.weights.protocol import LEASE_S, Reading, WeightsError
 from postroad.weights.reads import Rates, Session, SourceRead
 from postroad.weights.relay import Relay, relays
@@ -44,6 +45,7 @@ class Puller:
         self._holder = uuid.uuid4().hex
         self._staging = Staging(self.name, want)
         self._reading = Reading()
+        self._nixl = NixlProcess()
         self._manifest: tuple[str, Manifest] | None = None
         self._relay: Relay | None = None
 
@@ -67,7 +69,7 @@ class Puller:
             missing = self._staging.prepare(manifest)
             self._reading.begin(manifest.stamp, missing, lease.token, time.monotonic(), deadline_s)
             end = self._reading.deadline
-            pull = Pull(manifest, self._key, self._staging.image, self._stall_s, end)
+            pull = Pull(manifest, self._key, self._staging.image, self._stall_s, end, self._nixl)
             session = Session(pull, self._staging, self._reading, self.rates, self._transports)
             renewing = asyncio.create_task(self._renew(manifest, leases))
             try:
@@ -108,6 +110,7 @@ class Puller:
     async def close(self) -> None:
         if self._relay is not None:
             await self._relay.close()
+        self._nixl.close()
         self._staging.close()
 
     # ── the leases of a pull ─────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,9 +115,9 @@ class SourceRead:
         session, reader = self._session, self._readers[transport]
         started, size = time.monotonic(), 0
         verified: list[Future[None]] = []
-        with ThreadPoolExecutor(1) as verifier:
+        with ThreadPoolExecutor(1) as verifier, closing(reader.read(self._wanted(reader, numbers))) as arriving:
             try:
-                for item in reader.read(self._wanted(reader, numbers)):
+                for item in arriving:
                     size += item.target.size
                     verified.append(verifier.submit(self._verify, item))
                     session.reading.check(time.monotonic())

@@ -12,7 +12,7 @@ import struct
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from postroad.weights.manifest import Manifest
+from postroad.weights.nixl import NixlProcess
 from postroad.weights.protocol import WeightsError
 from postroad.weights.slices import whole, within
 from postroad.weights.snapshot import Image
@@ -49,6 +50,7 @@ class Pull:
     staging: Image  # where every target lies, except those of deltas
     stall_s: float
     end: float  # time.monotonic() of the deadline
+    nixl: NixlProcess
 
     def check(self) -> None:
         if time.monotonic() > self.end:
@@ -64,7 +66,7 @@ class Reader(ABC):
         self.endpoint, self.pull = endpoint, pull
 
     @abstractmethod
-    def read(self, wanted: Sequence[Wanted]) -> Iterator[Wanted]:
+    def read(self, wanted: Sequence[Wanted]) -> Generator[Wanted, None, None]:
         """Fill the targets and give back each as it is full, in any order. Raises OSError or WeightsError."""
 
     @abstractmethod
@@ -94,7 +96,7 @@ class SharedMemoryReader(Reader):
             raise WeightsError(f"{path} no longer holds {endpoint['memory']}: it was released")
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def read(self, wanted: Sequence[Wanted]) -> Iterator[Wanted]:
+    def read(self, wanted: Sequence[Wanted]) -> Generator[Wanted, None, None]:
         for item in wanted:
             self.pull.check()
             done = 0
@@ -124,7 +126,7 @@ class TcpReader(Reader):
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(rest * 1e6)))
 
-    def read(self, wanted: Sequence[Wanted]) -> Iterator[Wanted]:
+    def read(self, wanted: Sequence[Wanted]) -> Generator[Wanted, None, None]:
         asked: deque[list[Wanted]] = deque()
         requests = _requests(wanted)
         for request in requests:
@@ -140,7 +142,7 @@ class TcpReader(Reader):
         question = {"key": self.pull.key, "version": self.pull.manifest.version, "ranges": ranges}
         self._socket.sendall(json.dumps(question).encode() + b"\n")
 
-    def _answer(self, request: list[Wanted]) -> Iterator[Wanted]:
+    def _answer(self, request: list[Wanted]) -> Generator[Wanted, None, None]:
         header = np.empty(HEADER.size, dtype=np.uint8)
         self._fill(header)
         (size,) = HEADER.unpack(header.tobytes())
@@ -195,7 +197,7 @@ class FolderReader(Reader):
             if name != "__metadata__"
         }
 
-    def read(self, wanted: Sequence[Wanted]) -> Iterator[Wanted]:
+    def read(self, wanted: Sequence[Wanted]) -> Generator[Wanted, None, None]:
         manifest = self.pull.manifest
         for item in wanted:
             self.pull.check()
@@ -234,8 +236,42 @@ def write_folder(path: Path, manifest_tensors: Sequence[tuple[str, str, tuple[in
     temporary.rename(path)
 
 
+class NixlReader(Reader):
+    """Reads the source's registered memory into staging, in both cases through a process of its own."""
+
+    def __init__(self, endpoint: dict[str, Any], pull: Pull) -> None:
+        super().__init__(endpoint, pull)
+        self._process = pull.nixl
+        if not self._process.lock.acquire(timeout=max(0.0, pull.end - time.monotonic())):
+            raise WeightsError("deadline passed while other sources were read through NIXL")
+        try:
+            self._base = int(self._process.register(pull.staging)["base"])
+        except BaseException:
+            self._process.lock.release()
+            raise
+
+    def read(self, wanted: Sequence[Wanted]) -> Generator[Wanted, None, None]:
+        start = self.pull.staging.bytes.ctypes.data
+        ranges = [
+            [
+                self.endpoint["base"] + item.offset,
+                self._base + item.target.ctypes.data - start,
+                item.target.size,
+                number,
+            ]
+            for number, item in enumerate(wanted)
+        ]
+        for done in self._process.read(self.endpoint, ranges, self.pull.stall_s):
+            yield from (wanted[number] for number in done)
+            self.pull.check()
+
+    def close(self) -> None:
+        self._process.lock.release()
+
+
 READERS: dict[str, Callable[[dict[str, Any], Pull], Reader]] = {
     "shared_memory": SharedMemoryReader,
+    "nixl": NixlReader,
     "tcp": TcpReader,
     "folder": FolderReader,
 }
