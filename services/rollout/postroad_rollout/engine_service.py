@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
 import sys
+from typing import get_args
 
 from postroad.bus import Bus
 from postroad.config import Environment, Recipe, load_recipe
@@ -17,8 +19,9 @@ from postroad.weights import Puller
 from postroad_rollout.engine.app import create_app
 from postroad_rollout.engine.engine import Engine
 from postroad_rollout.engine.errors import EngineError
+from postroad_rollout.engine.handover import Bootstrap
 from postroad_rollout.engine.server import Server
-from postroad_rollout.engine.settings import EngineSettings
+from postroad_rollout.engine.settings import EngineSettings, Role
 from postroad_rollout.updates import Updater
 
 HEARTBEAT_S = 1.0
@@ -26,18 +29,18 @@ TTL_S = 5.0
 FATAL = 3
 
 
-def settings_of(environment: Environment, recipe: Recipe) -> EngineSettings:
+def settings_of(environment: Environment, recipe: Recipe, role: Role) -> EngineSettings:
     section = recipe.rollout.engine
     return EngineSettings(
         model_path=environment.model, host=environment.host, port=environment.port, dtype=recipe.model.dtype,
         threads=section.threads, slots=section.slots, max_length=section.max_length, max_waiting=section.waiting,
-        seed=recipe.seed, secret=environment.key,
+        role=role, seed=recipe.seed, secret=environment.key,
     )  # fmt: skip
 
 
-async def run(environment: Environment, recipe: Recipe) -> None:
+async def run(environment: Environment, recipe: Recipe, role: Role) -> None:
     """Serve until SIGTERM. The engine is registered as ready once it serves the newest published version."""
-    settings = settings_of(environment, recipe)
+    settings = settings_of(environment, recipe, role)
     name = environment.name or f"engine-{os.getpid()}"
     bus = await Bus.connect(environment.nats_url, environment.run)
     store = await Store.connect(environment.redis_url, environment.run)
@@ -46,7 +49,9 @@ async def run(environment: Environment, recipe: Recipe) -> None:
     puller = Puller(store, environment.key, name=name)
     await puller.serve(environment.host, environment.advertise)
     updater = Updater(engine, bus, puller, name=name, mode=recipe.rollout.engine.update)
-    server = Server(create_app(engine, updater.current.is_set), settings)
+    bootstrap = Bootstrap(settings.secret)
+    bootstrap_port = await bootstrap.open(settings.host, 0) if settings.role == "prefill" else None
+    server = Server(create_app(engine, bootstrap, updater.current.is_set), settings)
     url = f"http://{environment.advertise or environment.host}:{server.port}"
 
     async def beat() -> None:
@@ -54,7 +59,8 @@ async def run(environment: Environment, recipe: Recipe) -> None:
             state = "failed" if engine.failure else "ready" if updater.current.is_set() else "pulling"
             info = {
                 "url": url, "pid": os.getpid(), "port": server.port, "version": engine.version, "digest": engine.digest,
-                "state": state, "slots": settings.slots, **engine.load(), **puller.info(),
+                "state": state, "slots": settings.slots, "role": settings.role, "bootstrap_port": bootstrap_port,
+                **engine.load(), **puller.info(),
             }  # fmt: skip
             await store.register("engine", name, info, TTL_S)
             with contextlib.suppress(TimeoutError):
@@ -78,6 +84,7 @@ async def run(environment: Environment, recipe: Recipe) -> None:
         server.should_exit = True
         await asyncio.gather(*tasks, return_exceptions=True)
         await store.leave("engine", name)
+        await bootstrap.close()
         await asyncio.to_thread(engine.close)
         await puller.close()
         await store.close()
@@ -86,11 +93,14 @@ async def run(environment: Environment, recipe: Recipe) -> None:
 
 def main() -> int:
     die_with_parent()
+    parser = argparse.ArgumentParser(description="One engine of the mesh.")
+    parser.add_argument("--role", default="mixed", choices=get_args(Role))
+    role = parser.parse_args().role
     environment = Environment.read()
     set_up_logging("engine", environment.run, environment.log_level)
     set_up_tracing("engine", environment.run)
     try:
-        asyncio.run(run(environment, load_recipe(environment.recipe)))
+        asyncio.run(run(environment, load_recipe(environment.recipe), role))
     except EngineError as error:
         print(f"engine: {error}", file=sys.stderr)
         return FATAL

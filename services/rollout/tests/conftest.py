@@ -13,7 +13,7 @@ from postroad_rollout.engine.settings import EngineSettings
 
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib hides the modules beside the tests
 
-from engine_models import KINDS, make_model
+from engine_models import KINDS, make_model, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in KINDS:
         made[kind] = tmp_path_factory.mktemp(kind)
         make_model(kind).save_pretrained(made[kind])
+        write_tokenizer(made[kind])
     return made
 
 

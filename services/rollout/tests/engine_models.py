@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,3 +39,12 @@ def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
     config, model, keywords = KINDS[kind]
     torch.manual_seed(seed)
     return model(config(**COMMON, **keywords)).float().eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One printable character a token, beside the model."""
+    alphabet = {chr(33 + number): number for number in range(COMMON["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(alphabet, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))

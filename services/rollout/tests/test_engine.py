@@ -6,13 +6,16 @@ import base64
 import threading
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from engine_models import KINDS, make_model
 
+from postroad_rollout.engine.app import create_app
 from postroad_rollout.engine.engine import Engine
 from postroad_rollout.engine.errors import ActivationError, EngineBusyError, TensorError, UnsupportedModelError
+from postroad_rollout.engine.handover import Bootstrap
 from postroad_rollout.engine.request import Request
 from postroad_rollout.engine.sampling import SamplingParams
 from postroad_rollout.engine.settings import EngineSettings
@@ -242,6 +245,17 @@ def test_a_switch_in_mid_generation(engine, mode):
     elif mode == "continue" and switch < 60:
         assert tokens[switch:] == greedy(new, PROMPT + tokens[:switch], 60 - switch)
     assert Asked(engine, PROMPT, {}).answer()["output_ids"] == greedy(new, PROMPT, 8)
+
+
+async def test_the_bearer_key_is_asked_for(folders):
+    engine = Engine(EngineSettings(model_path=folders["llama"], dtype="float32", slots=2, secret="s3cret"))
+    transport = httpx.ASGITransport(create_app(engine, Bootstrap("s3cret")))
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        assert (await client.get("/health")).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            assert (await client.post("/generate", json={"input_ids": PROMPT}, headers=headers)).status_code == 401
+            assert (await client.post("/pause_generation", json={}, headers=headers)).status_code == 401
+        assert (await client.get("/model_info", headers={"Authorization": "Bearer s3cret"})).status_code == 200
 
 
 def test_a_model_that_is_not_known_is_refused(tmp_path):

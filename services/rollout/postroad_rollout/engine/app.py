@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from contextlib import AsyncExitStack
 from typing import Any, Literal
 
+import msgpack
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -17,13 +19,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pydantic import BaseModel, Field
 
 from .body import GenerateBody, read_body, requests_of
-from .engine import Engine, PauseMode, UpdateMode
-from .errors import ActivationError, BadRequestError, EngineBusyError, EngineError, TensorError
+from .engine import Engine, PauseMode
+from .errors import ActivationError, BadRequestError, EngineBusyError, EngineError, HandoverError
+from .handover import ROOM_S, Bootstrap, Room, fetch
 from .request import Request
-from .weights import read_folder
 
 OPEN = ("/health", "/livez", "/readyz")
 PROBE_S = 20.0
+MSGPACK = "application/msgpack"
 
 
 class Abort(BaseModel):
@@ -33,13 +36,6 @@ class Abort(BaseModel):
 
 class Pause(BaseModel):
     mode: PauseMode = "abort"
-
-
-class FromDisk(BaseModel):
-    model_path: str
-    weight_version: int | None = Field(None, ge=0)
-    weight_digest: str = ""
-    mode: UpdateMode = "continue"
 
 
 class NewVersion(BaseModel):
@@ -67,11 +63,12 @@ class _Metrics:
         return metrics
 
 
-def create_app(engine: Engine, ready: Callable[[], bool] = lambda: True) -> FastAPI:
-    """The application of a started engine. `ready` says whether /readyz and /health are good."""
+def create_app(engine: Engine, bootstrap: Bootstrap, ready: Callable[[], bool] = lambda: True) -> FastAPI:
+    """The application of a started engine. `ready` says whether /readyz and /health are good; `bootstrap` is open
+    where the engine's role is prefill."""
     app = FastAPI(title="postroad engine", docs_url=None, redoc_url=None)
     _guard(app, engine.settings.secret)
-    _add_generation(app, engine)
+    _add_generation(app, engine, bootstrap)
     _add_control(app, engine)
     _add_information(app, engine, ready)
     return app
@@ -88,7 +85,7 @@ def _guard(app: FastAPI, secret: str | None) -> None:
 
     @app.exception_handler(EngineError)
     async def explain(_: HttpRequest, error: Exception) -> Response:
-        if isinstance(error, EngineBusyError):
+        if isinstance(error, (EngineBusyError, HandoverError)):
             return _error(503, str(error), {"Retry-After": "1"})
         return _error(409 if isinstance(error, ActivationError) else 400, str(error))
 
@@ -97,7 +94,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse({"error": {"message": message, "code": status}}, status, headers)
 
 
-def _add_generation(app: FastAPI, engine: Engine) -> None:
+def _add_generation(app: FastAPI, engine: Engine, bootstrap: Bootstrap) -> None:
     @app.post("/generate")
     async def generate(request: HttpRequest) -> Response:
         try:
@@ -106,12 +103,18 @@ def _add_generation(app: FastAPI, engine: Engine) -> None:
             raise BadRequestError(f"the body is not JSON: {error}") from error
         body, wake = read_body(raw), asyncio.Event()
         requests = requests_of(engine, body, wake)
+        if engine.settings.role != "prefill":
+            await _take_handovers(engine, requests)
         try:
             for one in requests:
                 engine.submit(one)
         except EngineBusyError:  # all of a batch or nothing of it
             await _abort_unfinished(engine, requests)
             raise
+        if engine.settings.role == "prefill":
+            return JSONResponse(await _prefill(request, engine, bootstrap, requests, wake))
+        if body.stream and MSGPACK in request.headers.get("accept", "") and not body.batched:
+            return StreamingResponse(_frames(engine, requests[0], wake), media_type=MSGPACK)
         if body.stream:
             return StreamingResponse(_stream(engine, body, requests, wake), media_type="text/event-stream")
         try:
@@ -160,6 +163,62 @@ async def _stream(
         await _abort_unfinished(engine, requests)
 
 
+async def _frames(engine: Engine, one: Request, wake: asyncio.Event) -> AsyncIterator[bytes]:
+    """The same as frames of a 4-byte length and a msgpack map: new tokens alone, experts as bytes."""
+    sent, finished = 0, False
+    try:
+        while not finished:
+            wake.clear()
+            finished = one.finish is not None
+            if finished or len(one.output) - sent >= one.params.stream_interval:
+                news = one.news(sent)
+                sent, finished = news["meta_info"]["completion_tokens"], news["meta_info"]["finish_reason"] is not None
+                data = msgpack.packb(news)
+                yield struct.pack("<I", len(data)) + data
+            if not finished:
+                await wake.wait()
+    finally:
+        await _abort_unfinished(engine, [one])
+
+
+async def _take_handovers(engine: Engine, requests: list[Request]) -> None:
+    async def take(one: Request) -> None:
+        if one.address is not None:
+            one.handover = await fetch(one.address, engine.settings.secret, one.prompt[:-1])
+
+    await asyncio.gather(*(take(one) for one in requests))
+
+
+async def _prefill(
+    http: HttpRequest, engine: Engine, bootstrap: Bootstrap, requests: list[Request], wake: asyncio.Event
+) -> Any:
+    """Compute the prompts and hand them over; the answer once they are fetched."""
+    try:
+        async with AsyncExitStack() as stack:
+            rooms = [
+                await stack.enter_async_context(bootstrap.room(one.address.room)) for one in requests if one.address
+            ]
+            await _finished(http, requests, wake)
+            await asyncio.gather(*(_hand_over(one, room) for one, room in zip(requests, rooms, strict=True)))
+    finally:
+        await _abort_unfinished(engine, requests)
+    answers = [one.answer(engine.tokenizer) for one in requests]
+    return answers if len(answers) > 1 else answers[0]
+
+
+async def _hand_over(one: Request, room: Room) -> None:
+    if one.handover is None:
+        raise HandoverError(f"the prompt was not computed: {one.finish}")
+    room.offered.set_result(one.handover)
+    one.handover = None
+    try:
+        fault = await asyncio.wait_for(room.fetched, ROOM_S)
+    except TimeoutError as error:
+        raise HandoverError(f"no decode engine came within {ROOM_S:.0f} s") from error
+    if fault:
+        raise HandoverError(fault)
+
+
 async def _abort_unfinished(engine: Engine, requests: list[Request]) -> None:
     for one in requests:
         if one.finish is None and engine.failure is None:
@@ -183,19 +242,6 @@ def _add_control(app: FastAPI, engine: Engine) -> None:
     async def flush() -> dict[str, Any]:
         await asyncio.to_thread(engine.flush_cache)
         return done
-
-    @app.post("/update_weights_from_disk")
-    async def update(body: FromDisk) -> dict[str, Any]:
-        version = engine.version + 1 if body.weight_version is None else body.weight_version
-
-        def load() -> float:
-            engine.stage(read_folder(Path(body.model_path)))
-            return engine.activate(version, body.weight_digest, body.mode)
-
-        try:
-            return {**done, "message": "activated", "pause_ms": await asyncio.to_thread(load)}
-        except (OSError, TensorError) as error:
-            raise BadRequestError(f"model_path {body.model_path}: {error}") from error
 
     @app.post("/update_weight_version")
     async def rename(body: NewVersion) -> dict[str, Any]:
@@ -242,12 +288,6 @@ def _add_information(app: FastAPI, engine: Engine, ready: Callable[[], bool]) ->
             "vocab_size": config.vocab_size, "moe_layers": list(config.moe_layers), "experts": config.experts,
             "experts_per_token": config.top_k, "is_generation": True,
         }  # fmt: skip
-
-    @app.get("/server_info")
-    async def server_info() -> dict[str, Any]:
-        settings = engine.settings
-        return {**engine.load(), "slots": settings.slots, "max_waiting": settings.max_waiting,
-                "weight_version": str(engine.version)}  # fmt: skip
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .engine import Engine
 from .errors import BadRequestError
+from .handover import Address
 from .request import Request
 from .sampling import SamplingParams
 
+DEFAULT_NEW = 128
 CODE_CARRYING = ("custom_logit_processor",)
 
 
@@ -30,9 +32,11 @@ class GenerateBody(BaseModel):
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = Field(default=0, ge=0, le=20)
-    return_text_in_logprobs: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = Field(default=0, ge=0)
+    bootstrap_host: str | list[str] | None = None
+    bootstrap_port: int | list[int] | None = None
+    bootstrap_room: int | list[int] | None = None
 
     @property
     def batched(self) -> bool:
@@ -62,15 +66,34 @@ def requests_of(engine: Engine, body: GenerateBody, wake: asyncio.Event) -> list
     rids = body.rid if isinstance(body.rid, list) else [body.rid] * len(prompts)
     if len(params) != len(prompts) or len(rids) != len(prompts):
         raise BadRequestError(f"{len(prompts)} prompts need as many sampling_params and rid, or one for all")
+    addresses = _addresses(body, len(prompts))
     loop = asyncio.get_running_loop()
 
     def notify() -> None:
         loop.call_soon_threadsafe(wake.set)
 
-    return [
+    requests = [
         _request(engine, body, prompt, own, rid or uuid.uuid4().hex, notify)
         for prompt, own, rid in zip(prompts, params, rids, strict=True)
     ]
+    for request, address in zip(requests, addresses, strict=True):
+        request.address, request.exporting = address, engine.settings.role == "prefill"
+        if request.exporting:
+            if address is None:
+                raise BadRequestError("a prefill engine needs bootstrap_host, bootstrap_port and bootstrap_room")
+            request.params = request.params.model_copy(update={"max_new_tokens": 0, "min_new_tokens": 0})
+    return requests
+
+
+def _addresses(body: GenerateBody, count: int) -> list[Address | None]:
+    """SGLang's bootstrap fields: one of each for a prompt, lists for a batch."""
+    given = [body.bootstrap_host, body.bootstrap_port, body.bootstrap_room]
+    if given == [None] * 3:
+        return [None] * count
+    columns: list[list[Any]] = [value if isinstance(value, list) else [value] for value in given]
+    if any(len(column) != count or None in column for column in columns):
+        raise BadRequestError(f"{count} prompts need as many of bootstrap_host, bootstrap_port and bootstrap_room")
+    return [Address(*address) for address in zip(*columns, strict=True)]
 
 
 def _prompts(engine: Engine, body: GenerateBody) -> list[list[int]]:
@@ -94,9 +117,12 @@ def _request(
         raise BadRequestError(
             f"input_ids holds {low if low < 0 else high}; ids go from 0 to {engine.config.vocab_size - 1}"
         )
-    if len(prompt) > engine.max_length - (1 if params.max_new_tokens else 0):
+    if "max_new_tokens" not in own:
+        params = params.model_copy(update={"max_new_tokens": min(DEFAULT_NEW, max(engine.max_length - len(prompt), 1))})
+    if len(prompt) + params.max_new_tokens > engine.max_length:
         raise BadRequestError(
-            f"input_ids has {len(prompt)} tokens; the engine's longest sequence has {engine.max_length}"
+            f"Requested token count exceeds the model's maximum context length of {engine.max_length} tokens: "
+            f"{len(prompt)} of input_ids and {params.max_new_tokens} of max_new_tokens; shorten one of them"
         )
     if params.stop and engine.tokenizer is None:
         raise BadRequestError("stop needs a tokenizer, and the model folder has no tokenizer.json: use stop_token_ids")

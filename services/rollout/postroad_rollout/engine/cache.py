@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +19,8 @@ class SlotCache:
         shape = (slots, config.kv_heads, max_length, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.layers)]
-        self.experts: NDArray[np.int16] = np.empty((slots, max_length, len(config.moe_layers), config.top_k), np.int16)
+        narrow = np.uint8 if config.experts <= 256 else np.uint16
+        self.experts: NDArray[Any] = np.empty((slots, max_length, len(config.moe_layers), config.top_k), narrow)
         self.tokens: NDArray[np.int32] = np.zeros((slots, max_length), np.int32)
         self.length = np.zeros(slots, np.int64)  # tokens written in the slot, computed or about to be
         self.computed = np.zeros(slots, np.int64)  # of these, how many have their keys and values
@@ -62,6 +65,19 @@ class SlotCache:
     def append(self, slot: int, token: int) -> None:
         self.tokens[slot, self.length[slot]] = token
         self.length[slot] += 1
+
+    def export(self, slot: int, count: int) -> torch.Tensor:
+        """Keys and values of the slot's first `count` tokens, [layers, 2, kv_heads, count, head_dim]."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return torch.stack([torch.stack([store[slot, :, :count] for store in pair]) for pair in pairs]).cpu()
+
+    def install(self, slot: int, keys_values: torch.Tensor, experts: NDArray[Any]) -> None:
+        """Take over what another engine computed of the slot's first tokens (the counterpart of `export`)."""
+        count = keys_values.shape[3]
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            keys[slot, :, :count], values[slot, :, :count] = keys_values[layer].to(keys.device)
+        self.experts[slot, :count] = experts
+        self.computed[slot] = count
 
     def release(self, slot: int) -> None:
         """Free a slot; what was computed stays as a prefix, unless its keys are of mixed versions."""

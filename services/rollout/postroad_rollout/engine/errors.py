@@ -23,5 +23,9 @@ class EngineBusyError(EngineError):
     """The waiting queue is full, or the engine is shutting down (HTTP 503 with Retry-After)."""
 
 
+class HandoverError(EngineError):
+    """A prompt's keys and values did not get from the prefill engine to the decode engine (HTTP 503)."""
+
+
 class ActivationError(EngineError):
     """New weights could not be switched in; the served weights are unchanged."""

@@ -91,7 +91,7 @@ class Model:
                 x_TD = x_TD + mixed
                 chosen.append(experts_TK)
         if chosen:
-            cache.experts[slots.numpy(), positions.numpy()] = torch.stack(chosen, 1).to(torch.int16).cpu().numpy()
+            cache.experts[slots.numpy(), positions.numpy()] = torch.stack(chosen, 1).cpu().numpy()
         return x_TD
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from .handover import Address, Handover
 from .sampling import Drawn, SamplingParams
 
 Finish = dict[str, Any]  # SGLang's finish_reason
@@ -19,7 +20,8 @@ SLACK = 8  # a stop string is looked for in the last len(stop) + SLACK tokens: b
 
 @dataclass(eq=False)
 class Request:
-    """Written by the model loop; `notify` is called there after every token (stream) and at the end.
+    """Written by the model loop; `notify` is called there after every token (stream) and at the end. `handover` is
+    what another engine has computed of the prompt, or, at the end of one that is `exporting`, what this one did.
 
     The lists only grow and `logprobs` grows first, so that another thread may read a prefix at any time."""
 
@@ -34,6 +36,9 @@ class Request:
     top_logprobs: int = 0
     return_experts: bool = False
     experts_start: int = 0
+    exporting: bool = False
+    address: Address | None = None
+    handover: Handover | None = None
     output: list[int] = field(default_factory=list)
     logprobs: list[Drawn] = field(default_factory=list)
     input_logprobs: list[tuple[float, list[tuple[float, int]]]] = field(default_factory=list)
@@ -43,8 +48,8 @@ class Request:
     cached_tokens: int | None = None
     version: int = 0
     slot: int = -1
-    prompt_experts: NDArray[np.int16] | None = None
-    output_experts: list[NDArray[np.int16]] = field(default_factory=list)
+    prompt_experts: NDArray[Any] | None = None
+    output_experts: list[NDArray[Any]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -106,16 +111,7 @@ class Request:
         """The answer so far, as SGLang words it; complete once `finish` is set."""
         finish = self.finish  # read first: what is set before it is complete
         output = self.output[:]
-        meta: dict[str, Any] = {
-            "id": self.rid,
-            "finish_reason": finish,
-            "prompt_tokens": len(self.prompt),
-            "completion_tokens": len(output),
-            "cached_tokens": self.cached_tokens or 0,
-            "weight_version": str(self.version),
-            "weight_versions": [span[:] for span in self.spans],
-            "weight_digests": dict(self.digests),
-        }
+        meta = self._meta(finish, len(output))
         if self.return_logprob:
             meta["output_token_logprobs"] = [[d.logprob, d.token, None] for d in self.logprobs[: len(output)]]
             meta["input_token_logprobs"] = self._input_logprobs()
@@ -124,8 +120,37 @@ class Request:
                 tops = [_triples(top) for _, top in self.input_logprobs]
                 meta["input_top_logprobs"] = [None, *tops] if self.logprob_start >= 0 else []
         if self.return_experts and finish is not None:
-            meta["routed_experts"] = self._routed_experts()
+            rows = self._routed_experts(0, len(output))
+            meta["routed_experts"] = None if rows is None else base64.b64encode(rows.astype("<i4").tobytes()).decode()
         return {"text": self.text(tokenizer, output), "output_ids": output, "meta_info": meta}
+
+    def news(self, sent: int) -> dict[str, Any]:
+        """What came after the first `sent` tokens, in numbers alone: for msgpack."""
+        finish = self.finish
+        output = self.output[sent:]
+        meta = self._meta(finish, sent + len(output))
+        drawn = self.logprobs[sent : sent + len(output)]
+        if self.return_logprob:
+            meta["output_token_logprobs"] = [[d.logprob, d.token, None] for d in drawn]
+            if self.top_logprobs:
+                meta["output_top_logprobs"] = [_triples(d.top) for d in drawn]
+        if self.return_experts:
+            rows = self._routed_experts(sent, sent + len(output))
+            if rows is not None:
+                meta["routed_experts"] = {"dtype": rows.dtype.str, "shape": rows.shape, "data": rows.tobytes()}
+        return {"output_ids": output, "meta_info": meta}
+
+    def _meta(self, finish: Finish | None, generated: int) -> dict[str, Any]:
+        return {
+            "id": self.rid,
+            "finish_reason": finish,
+            "prompt_tokens": len(self.prompt),
+            "completion_tokens": generated,
+            "cached_tokens": self.cached_tokens or 0,
+            "weight_version": str(self.version),
+            "weight_versions": [span[:] for span in self.spans],
+            "weight_digests": dict(self.digests),
+        }
 
     def _input_logprobs(self) -> list[list[Any]]:
         if self.logprob_start < 0:
@@ -134,14 +159,17 @@ class Request:
         values = [None, *(value for value, _ in self.input_logprobs)]
         return [[value, token, None] for value, token in zip(values, ids, strict=False)]
 
-    def _routed_experts(self) -> str | None:
-        """base64 of int32 [tokens - 1, moe_layers, top_k] from `experts_start` on; None where nothing was computed.
+    def _routed_experts(self, first: int, last: int) -> NDArray[Any] | None:
+        """The rows [tokens, moe_layers, top_k] that output tokens first to last - 1 add, from `experts_start` on; with
+        the first one those of the prompt come. None where nothing was computed.
 
-        An output token's row is that of the pass which predicted its successor; prompt rows are of the last pass."""
+        A token's row is that of the pass which predicted its successor; prompt rows are of the pass that predicted the
+        first output token."""
         if self.prompt_experts is None:
             return None
-        rows = np.concatenate([self.prompt_experts, *(row[None] for row in self.output_experts)])
-        return base64.b64encode(rows[self.experts_start :].astype("<i4").tobytes()).decode()
+        rows = self.prompt_experts if first == 0 else self.prompt_experts[:0]
+        rows = np.concatenate([rows, *(row[None] for row in self.output_experts[first:last])])
+        return rows[max(self.experts_start - (len(self.prompt) - 1 + first if first else 0), 0) :]
 
 
 def _triples(top: list[tuple[float, int]]) -> list[list[Any]]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from .cache import SlotCache
+from .handover import Handover
 from .model import Model, Segment
 from .request import Finish, Request
 from .sampling import Row, sample, scaled_logits
@@ -52,7 +54,7 @@ class Scheduler:
     def step(self, served: Served) -> bool:
         """Admit, compute one batch and sample; False when there was nothing to do."""
         if self.admitting:
-            self._admit()
+            self._admit(served)
         chunks = self._chunks()
         if not chunks:
             return False
@@ -73,13 +75,16 @@ class Scheduler:
         self.counters.steps += 1
         return True
 
-    def _admit(self) -> None:
+    def _admit(self, served: Served) -> None:
         """Give free slots to waiting requests in order; one whose prefix is being computed right now waits for it."""
         filling = [r.slot for r in self.running if self.cache.length[r.slot] - self.cache.computed[r.slot] > 1]
         held: list[Request] = []
         while self.waiting and not self.cache.busy.all():
             request = self.waiting.popleft()
             tokens = np.array(request.prompt + request.output, np.int32)
+            if request.handover is not None:
+                self._take_over(request, request.handover, tokens, served)
+                continue
             common = self.cache.common_prefix(tokens, request.reuse_limit)
             ready = int(np.minimum(common, self.cache.computed).max())
             if filling and int(common[filling].max()) - ready >= SHARE_TOKENS:
@@ -97,6 +102,21 @@ class Scheduler:
             if request.length - reused > 1:
                 filling.append(request.slot)
         self.waiting.extendleft(reversed(held))
+
+    def _take_over(self, request: Request, handover: Handover, tokens: NDArray[np.int32], served: Served) -> None:
+        """Go on from the keys and values that another engine computed, if it did so with the weights served here."""
+        request.handover = None  # what comes after a retraction is computed here
+        if (handover.version, handover.digest) != (served.version, served.digest):
+            message = f"the prompt was computed by version {handover.version}, here {served.version} is served"
+            self._finish(request, {"type": "abort", "message": message})
+            return
+        acquired = self.cache.acquire(tokens, np.zeros(len(self.cache.length), np.int64))
+        if acquired is None:
+            raise RuntimeError("The slot cache has a free slot and did not give it.")
+        request.slot = acquired[0]
+        self.cache.install(request.slot, handover.keys_values, handover.experts)
+        request.cached_tokens = len(request.prompt) - 1
+        self.running.append(request)
 
     def _chunks(self) -> list[tuple[Request, Segment]]:
         """All decode rows, sorted for attention (see model.plan), then prompt chunks up to `prefill_tokens`."""
@@ -134,7 +154,11 @@ class Scheduler:
     def _sample(self, served: Served, requests: list[Request], hidden_ND: Tensor) -> None:
         sampled = [(r, i) for i, r in enumerate(requests) if r.params.max_new_tokens]
         for request in requests:
+            if request.return_experts and request.prompt_experts is None:
+                request.prompt_experts = self.cache.experts[request.slot, : len(request.prompt) - 1].copy()
             if not request.params.max_new_tokens:
+                if request.exporting:
+                    request.handover = self._export(request, served)
                 request.version = served.version
                 request.digests[str(served.version)] = served.digest
                 self._finish_if_due(request)
@@ -155,6 +179,13 @@ class Scheduler:
             self.counters.generated_tokens += 1
             self._finish_if_due(request)
 
+    def _export(self, request: Request, served: Served) -> Handover:
+        count = len(request.prompt) - 1
+        return Handover(
+            served.version, served.digest, np.array(request.prompt[:-1], np.int32),
+            self.cache.export(request.slot, count), self.cache.experts[request.slot, :count].copy(),
+        )  # fmt: skip
+
     def _finish_if_due(self, request: Request) -> None:
         finish = request.check_finished(self.model.config.eos_token_ids, self.tokenizer, self.max_length)
         if finish is not None:
@@ -172,9 +203,6 @@ class Scheduler:
         """Give the slot back; what is computed stays there as a prefix."""
         if request.slot < 0:
             return
-        known = len(request.prompt) - 1  # the rows after it were kept as their tokens came
-        if request.return_experts and self.cache.computed[request.slot] >= known:
-            request.prompt_experts = self.cache.experts[request.slot, :known].copy()
         self.cache.release(request.slot)
         request.slot = -1
 

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from .app import create_app
 from .engine import Engine
+from .handover import Bootstrap
 from .settings import EngineSettings
 
 SHUTDOWN_S = 1
@@ -35,11 +36,15 @@ async def serve(settings: EngineSettings) -> None:
     """Serve until SIGTERM. Raises EngineError for a model that can't be served, OSError for a port that is taken."""
     engine = await asyncio.to_thread(Engine, settings)
     engine.start()
+    bootstrap = Bootstrap(settings.secret)
     try:
-        server = Server(create_app(engine), settings)
+        if settings.role == "prefill":
+            print(f"bootstrap: {await bootstrap.open(settings.host, settings.bootstrap_port)}", flush=True)
+        server = Server(create_app(engine, bootstrap), settings)
         print(f"engine: http://{settings.host}:{server.port}", flush=True)
         await server.serve_socket()
     finally:
+        await bootstrap.close()
         await asyncio.to_thread(engine.close)
 
 
@@ -51,6 +56,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--slots", type=int, default=64, help="sequences decoded at the same time")
+    parser.add_argument("--role", default="mixed", choices=["mixed", "prefill", "decode"])
+    parser.add_argument("--bootstrap-port", type=int, default=0, help="of a prefill engine")
     parser.add_argument("--max-length", type=int, default=None, help="longest sequence in tokens")
     arguments = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO)

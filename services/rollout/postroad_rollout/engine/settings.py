@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Role = Literal["mixed", "prefill", "decode"]
+
 
 class EngineSettings(BaseModel):
     """Everything that `serve` needs. Sizes are counts of tokens or requests."""
@@ -27,6 +29,8 @@ class EngineSettings(BaseModel):
     )
     max_waiting: int = Field(default=1024, ge=1, description="waiting requests; more get 503")
     prefill_tokens: int = Field(default=256, ge=1, description="prompt tokens computed between two decode steps")
+    role: Role = "mixed"
+    bootstrap_port: int = Field(default=0, ge=0, le=65535, description="of a prefill engine; 0 picks a free port")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of requests without a sampling_seed")
     secret: str | None = Field(default=None, description="bearer token that callers must send")
     weight_version: int = Field(default=0, ge=0)
