@@ -1,167 +1,204 @@
-"""HTTP to engines: SGLang's /generate as a stream of chunks, and /health."""
+"""What is asked of engines: /generate as SGLang has it, whole or as a stream of chunks, and /health."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import struct
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
+import msgpack
+import orjson
 
 from postroad.telemetry.tracing import inject_context
+from postroad_router.connection import Connection, Connections
 from postroad_router.errors import EngineFailure, EngineRefusal, FailureKind
 
-CONNECT_S = 3.0
 SILENCE_S = 10.0
 PROBE_S = 5.0
-KEEP_ALIVE_S = 2.0  # less than a server's, so that no request meets a connection that is being closed
-LINE_BYTES = 64 * 1024 * 1024
+ANSWER_BYTES = 256 * 1024 * 1024
+EVENT_BYTES = 64 * 1024 * 1024
 REFUSALS = (400, 413, 422)
+DONE: dict[str, Any] = {}
+MSGPACK = "application/msgpack"  # frames of a 4-byte length and a map, where an engine can; else SGLang's events
+
+
+class Response:
+    """An engine's open answer with status 200."""
+
+    def __init__(self, client: EngineClient, url: str, connection: Connection, deadline_s: float) -> None:
+        self._client, self._url, self._connection, self._deadline_s = client, url, connection, deadline_s
+        self.ending = False  # set where nothing of interest is to come
+
+    async def read(self) -> bytes:
+        """The next bytes; none at the end. Raises EngineFailure and TimeoutError."""
+        return await self._client.received(self._url, self._connection, self._deadline_s)
+
+    async def whole(self) -> bytes:
+        parts, size = [], 0
+        while data := await self.read():
+            parts.append(data)
+            size += len(data)
+            if size > ANSWER_BYTES:
+                raise EngineFailure("garbage", f"{self._url} sent an answer of more than {ANSWER_BYTES} bytes")
+        return b"".join(parts)
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed generation."""
+        split, rest = (_frames if self._connection.content_type == MSGPACK else _events), b""
+        while data := await self.read():
+            payloads, rest = split(rest + data if rest else data, self._url)
+            if len(rest) > EVENT_BYTES:
+                raise EngineFailure("garbage", f"{self._url} sent an event of more than {EVENT_BYTES} bytes")
+            for payload in payloads:
+                if payload is DONE:
+                    self.ending = True
+                    return
+                yield payload
+        if split is _events:
+            raise EngineFailure("dropped", f"{self._url} closed the connection before the end")
 
 
 class EngineClient:
-    """One connection pool for all engines. An engine that says nothing for SILENCE_S must answer a probe to be
+    """One set of connections for all engines. An engine that says nothing for SILENCE_S must answer a probe to be
     waited for any longer."""
 
     def __init__(self, key: str, *, silence_s: float = SILENCE_S, probe_s: float = PROBE_S) -> None:
-        self._headers = {"Authorization": f"Bearer {key}"}
-        self._silence_s, self._probe_s = silence_s, probe_s
-
-    async def open(self) -> None:
-        self._session = aiohttp.ClientSession(
-            headers=self._headers, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S), auto_decompress=False,
-        )  # fmt: skip
+        self._key, self._silence_s, self._probe_s = key, silence_s, probe_s
+        self._connections = Connections()
+        self._heads: dict[str, bytes] = {}
 
     async def close(self) -> None:
-        await self._session.close()
+        self._connections.close()
 
     async def healthy(self, url: str) -> bool:
         try:
-            async with (
-                asyncio.timeout(self._probe_s),
-                self._session.get(f"{url}/health") as response,
-            ):
-                return response.status == 200
-        except (TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(self._probe_s):
+                connection = await self._connections.open(url)
+                try:
+                    connection.send(self._head("GET", url, "/health") + b"\r\n")
+                    while connection.status is None and connection.error is None:
+                        await connection.changed()
+                    return connection.status == 200
+                finally:
+                    self._connections.give_back(url, connection)
+        except (TimeoutError, OSError):
             return False
 
     @asynccontextmanager
-    async def post(self, url: str, body: dict[str, Any], deadline_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def post(
+        self, url: str, body: dict[str, Any], deadline_s: float, accept: str = "text/event-stream"
+    ) -> AsyncIterator[Response]:
         """The open response to /generate. Raises EngineFailure or EngineRefusal where its status is not 200, and
         TimeoutError at `deadline_s` (of time.monotonic)."""
         try:
-            posting = asyncio.ensure_future(
-                self._session.post(f"{url}/generate", json=body, headers=inject_context({}))
-            )
-            response = await self._patiently(url, posting, deadline_s)
-        except aiohttp.ServerTimeoutError as error:
+            connection = await self._connections.open(url)
+        except (OSError, TimeoutError) as error:
             raise EngineFailure("connect", f"{url}: {error!r}") from error
-        except TimeoutError:
-            raise
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineFailure("connect", f"{url}: {error!r}") from error
+        response = Response(self, url, connection, deadline_s)
         try:
-            if response.status != 200:
-                await _raise_for(response, url)
+            data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+            headers = {"Accept": accept, "Content-Type": "application/json", "Content-Length": str(len(data))}
+            lines = "".join(f"{name}: {value}\r\n" for name, value in inject_context(headers).items())
+            connection.send(b"%b%b\r\n%b" % (self._head("POST", url, "/generate"), lines.encode("latin-1"), data))
+            while connection.status is None:
+                await self._news(url, connection, deadline_s)
+            if connection.status != 200:
+                await self._raise_for(url, connection)
             yield response
         finally:
-            response.close()  # an unfinished response: the engine sees it and aborts
+            self._connections.give_back(url, connection, ending=response.ending)
 
-    async def chunks(self, url: str, body: dict[str, Any], deadline_s: float) -> AsyncGenerator[dict[str, Any], None]:
-        """The JSON chunks of a streamed generation, until the engine's [DONE]."""
-        async with self.post(url, body, deadline_s) as response:
-            async for line in self.lines(url, response, deadline_s):
-                if not line.startswith(b"data:"):
-                    continue
-                payload = line[5:].strip()
-                if payload == b"[DONE]":
-                    return
-                yield _parsed(payload, url)
-        raise EngineFailure("dropped", f"{url} closed the connection before the end")
+    async def received(self, url: str, connection: Connection, deadline_s: float) -> bytes:
+        while not (data := connection.take()):
+            if connection.complete:
+                return b""
+            await self._news(url, connection, deadline_s)
+        return data
 
-    async def lines(self, url: str, response: aiohttp.ClientResponse, deadline_s: float) -> AsyncGenerator[bytes, None]:
-        rest = b""
-        while True:
-            data = await self.read(url, response, deadline_s)
-            if not data:
-                return
-            *complete, rest = (rest + data).split(b"\n")
-            if len(rest) > LINE_BYTES:
-                raise EngineFailure("garbage", f"{url} sent a line of more than {LINE_BYTES} bytes")
-            for line in complete:
-                yield line
-
-    async def read(self, url: str, response: aiohttp.ClientResponse, deadline_s: float) -> bytes:
-        """The next bytes; none at the end."""
-        while True:
-            try:
-                async with asyncio.timeout(self._patience_s(deadline_s)):
-                    return await response.content.readany()
-            except TimeoutError:
-                await self._still_there(url, deadline_s)
-            except (aiohttp.ClientError, OSError) as error:
-                raise EngineFailure("dropped", f"{url}: {error!r}") from error
-
-    async def _patiently(
-        self, url: str, posting: asyncio.Future[aiohttp.ClientResponse], deadline_s: float
-    ) -> aiohttp.ClientResponse:
-        delivered = False
+    async def _news(self, url: str, connection: Connection, deadline_s: float) -> None:
+        """Until something has come. Raises TimeoutError at the deadline, EngineFailure where nothing will come."""
+        if connection.error is not None:
+            raise EngineFailure("dropped", f"{url}: {connection.error!r}") from connection.error
         try:
-            while not posting.done():
-                await asyncio.wait({posting}, timeout=self._patience_s(deadline_s))
-                if not posting.done():
-                    await self._still_there(url, deadline_s)
-            delivered = True
-            return posting.result()
-        finally:
-            if not delivered and not posting.cancel() and not posting.cancelled() and posting.exception() is None:
-                posting.result().close()  # it came while this call was being cancelled
+            async with asyncio.timeout(max(min(self._silence_s, deadline_s - time.monotonic()), 0)):
+                await connection.changed()
+        except TimeoutError:
+            if time.monotonic() >= deadline_s:
+                raise TimeoutError(f"{url} did not finish before the deadline") from None
+            if not await self.healthy(url):
+                raise EngineFailure("silent", f"{url} says nothing and answers no probe") from None
 
-    def _patience_s(self, deadline_s: float) -> float:
-        return max(min(self._silence_s, deadline_s - time.monotonic()), 0)
+    async def _raise_for(self, url: str, connection: Connection) -> None:
+        try:
+            text = (await self.received(url, connection, time.monotonic() + self._probe_s)).decode(errors="replace")
+        except (TimeoutError, EngineFailure) as error:
+            text = repr(error)
+        status = connection.status or 0
+        if status in REFUSALS:
+            raise EngineRefusal(status, _message(text))
+        kind: FailureKind = "busy" if status in (429, 503) else "status"
+        raise EngineFailure(kind, f"{url} answered {status}: {text[:300]}")
 
-    async def _still_there(self, url: str, deadline_s: float) -> None:
-        if time.monotonic() >= deadline_s:
-            raise TimeoutError(f"{url} did not finish before the deadline")
-        if not await self.healthy(url):
-            raise EngineFailure("silent", f"{url} says nothing and answers no probe")
+    def _head(self, method: str, url: str, path: str) -> bytes:
+        head = self._heads.get(method + url)
+        if head is None:
+            parts = urlsplit(url)
+            text = (
+                f"{method} {parts.path}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {self._key}\r\n"
+            )
+            head = self._heads[method + url] = text.encode("latin-1")
+        return head
 
 
-async def _raise_for(response: aiohttp.ClientResponse, url: str) -> None:
+def _events(data: bytes, url: str) -> tuple[list[dict[str, Any]], bytes]:
+    """The objects of complete `data:` lines, and the rest."""
+    *lines, rest = data.split(b"\n")
+    texts = (line[5:].strip() for line in lines if line.startswith(b"data:"))
+    return [DONE if text == b"[DONE]" else _parsed(text, url) for text in texts], rest
+
+
+def _frames(data: bytes, url: str) -> tuple[list[dict[str, Any]], bytes]:
+    found, start = [], 0
+    while len(data) - start >= 4:
+        (size,) = struct.unpack_from("<I", data, start)
+        if size > EVENT_BYTES:
+            raise EngineFailure("garbage", f"{url} sent a frame of {size} bytes")
+        if len(data) - start - 4 < size:
+            break
+        try:
+            found.append(_object(msgpack.unpackb(data[start + 4 : start + 4 + size]), url))
+        except (ValueError, msgpack.UnpackException) as error:
+            raise EngineFailure("garbage", f"{url} sent a frame that is no msgpack: {error!r}") from error
+        start += 4 + size
+    return found, data[start:]
+
+
+def _parsed(payload: bytes, url: str) -> dict[str, Any]:
     try:
-        async with asyncio.timeout(PROBE_S):
-            text = (await response.content.read(4096)).decode(errors="replace")
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        text = repr(error)
-    if response.status in REFUSALS:
-        raise EngineRefusal(response.status, _message(text))
-    kind: FailureKind = "busy" if response.status in (429, 503) else "status"
-    raise EngineFailure(kind, f"{url} answered {response.status}: {text[:300]}")
+        return _object(orjson.loads(payload), url)
+    except ValueError as error:
+        raise EngineFailure("garbage", f"{url} sent {payload[:80]!r}: {error}") from error
+
+
+def _object(chunk: Any, url: str) -> dict[str, Any]:
+    if not isinstance(chunk, dict):
+        raise EngineFailure("garbage", f"{url} sent {str(chunk)[:80]!r}, not an object")
+    if "error" in chunk:
+        raise EngineFailure("status", f"{url} failed within the stream: {str(chunk['error'])[:300]}")
+    return chunk
 
 
 def _message(text: str) -> str:
     """What the engine says is wrong, out of its usual wrappings."""
     try:
-        value = json.loads(text)
+        value = orjson.loads(text)
     except ValueError:
         return text
     for key in ("error", "message", "detail"):
         if isinstance(value, dict) and key in value:
             value = value[key]
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _parsed(payload: bytes, url: str) -> dict[str, Any]:
-    try:
-        chunk = json.loads(payload)
-    except ValueError as error:
-        raise EngineFailure("garbage", f"{url} sent {payload[:80]!r}: {error}") from error
-    if not isinstance(chunk, dict):
-        raise EngineFailure("garbage", f"{url} sent {payload[:80]!r}, not an object")
-    if "error" in chunk:
-        raise EngineFailure("status", f"{url} failed within the stream: {str(chunk['error'])[:300]}")
-    return chunk
+    return value if isinstance(value, str) else orjson.dumps(value).decode()

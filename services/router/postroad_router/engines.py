@@ -11,19 +11,21 @@ from redis.exceptions import RedisError
 from postroad.store import Store, StoreError
 from postroad_router.engine_client import EngineClient
 from postroad_router.pool import Engine, Pool
+from postroad_router.routing import Route, Routing, Wanted
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 POLL_WAITING_S = 0.1  # while a request waits for an engine
 READ_S = 5.0
+ROLES = ("mixed", "prefill", "decode")
 
 
 class Engines:
     """`run` keeps `pool` current. While the store can't be read the engines known last are used on."""
 
     def __init__(self, store: Store, client: EngineClient) -> None:
-        self.store, self.client, self.pool = store, client, Pool()
+        self.store, self.client, self.pool, self.routing = store, client, Pool(), Routing()
         self.read = False
         self._changed = asyncio.Event()
         self._wanted = asyncio.Event()
@@ -52,27 +54,31 @@ class Engines:
         self._closed = True
         self._wanted.set()
 
-    async def choose(self, minimum_version: int, avoid: frozenset[str], deadline_s: float) -> Engine | None:
-        """The engine to use, waited for until `deadline_s` (of time.monotonic); None where there is none by then."""
-        engine = self.pool.choose(minimum_version, avoid)
-        if engine is not None:
-            return engine
+    async def choose(self, wanted: Wanted, deadline_s: float) -> Route | None:
+        """The route to use, waited for until `deadline_s` (of time.monotonic); None where there is none by then, or
+        where there never will be one."""
+        route = self._choose(wanted)
+        if route is not None:
+            return route
         self._waiting += 1
         self._wanted.set()
         try:
-            while (left_s := deadline_s - time.monotonic()) > 0:
+            while (left_s := deadline_s - time.monotonic()) > 0 and not wanted.gone(self.pool.engines.values()):
                 self._changed.clear()
                 try:
                     async with asyncio.timeout(left_s):
                         await self._changed.wait()
                 except TimeoutError:
                     break
-                engine = self.pool.choose(minimum_version, avoid)
-                if engine is not None:
-                    return engine
-            return self.pool.choose(minimum_version, avoid)
+                route = self._choose(wanted)
+                if route is not None:
+                    return route
+            return self._choose(wanted)
         finally:
             self._waiting -= 1
+
+    def _choose(self, wanted: Wanted) -> Route | None:
+        return self.routing.choose(self.pool.engines.values(), wanted)
 
     def fail(self, engine: Engine) -> None:
         self.pool.fail(engine, time.monotonic())
@@ -103,4 +109,6 @@ class Engines:
 def _is_engine(info: object) -> bool:
     if not isinstance(info, dict) or not isinstance(info.get("url"), str):
         return False
-    return all(type(info.get(key, 0)) is int for key in ("pid", "version", "slots", "running"))
+    numbers = all(type(info.get(key, 0)) is int for key in ("pid", "version", "slots", "running"))
+    role, port = info.get("role", "mixed"), info.get("bootstrap_port")
+    return numbers and role in ROLES and (type(port) is int if role == "prefill" else True)

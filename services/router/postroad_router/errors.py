@@ -32,11 +32,11 @@ class ApiError(Exception):
 
 
 class EngineFailure(Exception):
-    """An engine did not do its part; another one may."""
+    """An engine did not do its part; another one may. `prefill` says that it was the prefill engine of a pair."""
 
-    def __init__(self, kind: FailureKind, detail: str) -> None:
+    def __init__(self, kind: FailureKind, detail: str, *, prefill: bool = False) -> None:
         super().__init__(f"{kind}: {detail}")
-        self.kind = kind
+        self.kind, self.prefill = kind, prefill
 
 
 class EngineRefusal(Exception):

@@ -7,12 +7,14 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from postroad_router.dispatch import Dispatcher, exhausted, timed_out
 from postroad_router.engine_client import EngineClient
 from postroad_router.errors import ApiError, EngineFailure, EngineRefusal
 from postroad_router.openai_types import refuse_code
+from postroad_router.routing import Wanted
 
 
 async def forward(dispatcher: Dispatcher, client: EngineClient, body: dict[str, Any]) -> bytes:
@@ -41,40 +43,47 @@ async def _forward(
     dispatcher: Dispatcher, client: EngineClient, body: dict[str, Any], *, whole: bool
 ) -> AsyncGenerator[bytes, None]:
     refuse_code(body)
-    minimum_version = body.pop("minimum_version", 0)
-    if type(minimum_version) is not int or minimum_version < 0:
-        raise ApiError(400, "minimum_version must be a version number", param="minimum_version", code="invalid_value")
+    wanted, tried = read_wanted(body), frozenset[str]()
     deadline_s = time.monotonic() + dispatcher.settings.timeout_s
     failures: list[str] = []
-    tried: frozenset[str] = frozenset()
     while True:
-        engine = await dispatcher.choose(minimum_version, tried, deadline_s)
+        route = await dispatcher.choose(replace(wanted, avoid=tried), deadline_s)
         passed = False
-        cost = len(body.get("input_ids") or body.get("text") or ())
-        dispatcher.engines.pool.start(engine, cost)
         try:
-            async with client.post(engine.url, body, deadline_s) as response:
-                received: list[bytes] = []
-                while data := await client.read(engine.url, response, deadline_s):
-                    if whole:
-                        received.append(data)
-                    else:
-                        yield data
-                        passed = True
-                if not received and not passed:
-                    raise EngineFailure("dropped", f"{engine.url} answered nothing")
-            dispatcher.engines.pool.succeed(engine)
-            if whole:
-                yield b"".join(received)
+            async with dispatcher.open(route, body, wanted.tokens, deadline_s) as response:
+                if whole:
+                    answer = await response.whole()
+                    if not answer:
+                        raise EngineFailure("dropped", f"{route.engine.url} answered nothing")
+                    yield answer
+                    return
+                while data := await response.read():
+                    yield data
+                    passed = True
             return
         except TimeoutError as error:
             raise timed_out(dispatcher.settings.timeout_s) from error
         except EngineRefusal as refusal:
-            raise ApiError(refusal.status, f"{engine.name}: {refusal}", code="engine_refused") from refusal
+            raise ApiError(refusal.status, f"{route.engine.name}: {refusal}", code="engine_refused") from refusal
         except EngineFailure as failure:
-            tried |= {engine.name}
-            failures.append(await dispatcher.note_failure(engine, failure, len(failures), deadline_s))
+            tried |= route.names
+            failures.append(await dispatcher.note_failure(route, failure, len(failures), deadline_s))
             if passed or len(failures) >= dispatcher.settings.attempts:
                 raise exhausted(failures, failure) from failure
-        finally:
-            dispatcher.engines.pool.end(engine, cost)
+
+
+def read_wanted(body: dict[str, Any]) -> Wanted:
+    """What the body asks of the choice of an engine; postroad's own fields are taken out of it. Raises ApiError 400."""
+    for name in body:
+        if name.startswith("bootstrap_"):
+            raise ApiError(400, f"{name} is the router's to set", param=name, code="forbidden_parameter")
+    versions = {name: body.pop(name, None) for name in ("minimum_version", "version")}
+    for name, value in versions.items():
+        if value is not None and (type(value) is not int or value < 0):
+            raise ApiError(400, f"{name} must be a version number", param=name, code="invalid_value")
+    ids, sampling, start = body.get("input_ids"), body.get("sampling_params"), body.get("logprob_start_len")
+    prompt = ids if isinstance(ids, list) and all(type(token) is int for token in ids) else []
+    new = sampling.get("max_new_tokens") if isinstance(sampling, dict) else None
+    scoring = (type(start) is int and start >= 0) or new == 0
+    tokens = len(ids or body.get("text") or ()) + (new if type(new) is int else 0)
+    return Wanted(prompt, tokens, versions["minimum_version"] or 0, versions["version"], whole=scoring)

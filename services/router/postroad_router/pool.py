@@ -1,7 +1,7 @@
-"""Which engine gets a request: pure state, given the time and the registry's content from outside.
+"""The engines that are known and how well they are: pure state, given the time and the registry's content from outside.
 
 An engine that fails is quarantined, each time for longer; after that it is probed, and works again once the probe
-succeeds. A new process or address under its name starts with a clean slate.
+succeeds and it serves the current weights. A new process or address under its name starts with a clean slate.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ QUARANTINE_S = 0.5
 QUARANTINE_MAX_S = 30.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Engine:
-    """One engine as it last registered, and what this router has given it."""
+    """One engine as it last registered, and what this router has given it: `tokens` are those of its `requests`, of
+    the prompts and the most that may be generated."""
 
     name: str
     url: str
@@ -25,6 +26,8 @@ class Engine:
     version: int = 0
     digest: str = ""
     state: str = "ready"
+    role: str = "mixed"
+    bootstrap_port: int = 0
     slots: int = 1
     running: int = 0
     json_schema: bool = False  # decodes within a JSON schema
@@ -34,8 +37,12 @@ class Engine:
     quarantined_until: float | None = None
 
     @property
-    def load(self) -> tuple[float, int, int, str]:
-        return (self.requests / max(self.slots, 1), self.tokens, self.running, self.name)
+    def well(self) -> bool:
+        return self.quarantined_until is None and self.state == SERVING
+
+    @property
+    def load(self) -> tuple[float, int, str]:
+        return (self.tokens / max(self.slots, 1), self.running, self.name)
 
 
 class Pool:
@@ -46,7 +53,7 @@ class Pool:
 
     def update(self, members: Mapping[str, Mapping[str, Any]]) -> bool:
         """Take over the registry's content; True where something that matters to routing changed."""
-        before = {name: (e.url, e.pid, e.version, e.state) for name, e in self.engines.items()}
+        before = self._matters()
         for name in self.engines.keys() - members.keys():
             del self.engines[name]
         for name, info in members.items():
@@ -55,19 +62,14 @@ class Pool:
             if engine is None or (engine.url, engine.pid) != (url, pid):
                 engine = self.engines[name] = Engine(name, url, pid)
             engine.version, engine.digest = info.get("version", 0), str(info.get("digest", ""))
-            engine.state = str(info.get("state", "ready"))
+            engine.state, engine.role = str(info.get("state", SERVING)), str(info.get("role", "mixed"))
+            engine.bootstrap_port = info.get("bootstrap_port") or 0
             engine.slots, engine.running = info.get("slots", 1), info.get("running", 0)
             engine.json_schema = info.get("json_schema") is True
-        return before != {name: (e.url, e.pid, e.version, e.state) for name, e in self.engines.items()}
+        return before != self._matters()
 
-    def choose(self, minimum_version: int, avoid: frozenset[str] = frozenset()) -> Engine | None:
-        """The least loaded engine that may serve this version, outside `avoid` where there is another."""
-        able = [
-            engine
-            for engine in self.engines.values()
-            if engine.quarantined_until is None and engine.state == SERVING and engine.version >= minimum_version
-        ]
-        return min(able, key=lambda engine: (engine.name in avoid, engine.load), default=None)
+    def _matters(self) -> dict[str, tuple[Any, ...]]:
+        return {name: (e.url, e.pid, e.version, e.state, e.role) for name, e in self.engines.items()}
 
     def start(self, engine: Engine, tokens: int) -> None:
         engine.requests += 1
@@ -87,8 +89,13 @@ class Pool:
             engine.quarantined_until = now + quarantine_s(engine.failures)
 
     def due_probes(self, now: float) -> list[Engine]:
-        """Engines whose quarantine has run out: each goes back to work if it answers a probe."""
-        return [e for e in self.engines.values() if e.quarantined_until is not None and e.quarantined_until <= now]
+        """Engines whose quarantine has run out and that serve what the healthy ones do."""
+        current = max((engine.version for engine in self.engines.values() if engine.well), default=0)
+        return [
+            engine
+            for engine in self.engines.values()
+            if engine.quarantined_until is not None and engine.quarantined_until <= now and engine.version >= current
+        ]
 
     def probed(self, engine: Engine, healthy: bool, now: float) -> None:
         if healthy:

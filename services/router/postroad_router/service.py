@@ -45,11 +45,14 @@ class RouterService:
 
     async def run(self, stop: asyncio.Event) -> None:
         environment = self.environment
-        listening = socket.create_server((environment.host, environment.port), backlog=2048)
+        listening = socket.create_server(
+            (environment.host, environment.port),
+            backlog=2048,
+            reuse_port=True,  # replicas share a port
+        )
         self.url = f"http://{environment.advertise or environment.host}:{listening.getsockname()[1]}"
         store = await Store.connect(environment.redis_url, environment.run)
         client = EngineClient(environment.key)
-        await client.open()
         engines = Engines(store, client)
         try:
             parts = build_parts(environment, self.recipe, engines)

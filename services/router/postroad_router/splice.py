@@ -28,29 +28,32 @@ class Splice:
         self.request, self.model, self._decode = request, model, decode
         self.tokens: list[int] = []
         self.finish: Finish | None = None
-        self._experts: np.ndarray | None = None
+        self.unmatched: set[int] = set()  # tokens whose experts are not those of the pass that sampled them
+        self._experts: list[np.ndarray] = []
+        self._known = request.experts_known  # rows, from the prompt's first token on
         self._base = 0
-        self._raw_experts: tuple[str, int] | None = None
 
     @property
     def complete(self) -> bool:
-        return self.finish is not None and (not self.request.routed_experts or self._missing_rows == 0)
+        return self.finish is not None and (not self.request.routed_experts or self._known >= self._rows)
 
     @property
     def routed_experts(self) -> np.ndarray | None:
-        return self._experts[: self._rows] if self._experts is not None else None
+        """The rows after the `experts_known` of the request, [tokens, MoE layers, top-k]."""
+        if not self.request.routed_experts:
+            return None
+        kind = np.uint8 if self.model.experts <= 256 else np.uint16
+        shape = (0, len(self.model.moe_layers), self.model.experts_per_token)
+        rows = np.concatenate([np.empty(shape, kind), *self._experts])
+        return rows[: max(self._rows - self.request.experts_known, 0)]
 
     @property
     def _rows(self) -> int:
         return max(len(self.request.prompt) + len(self.tokens) - 1, 0)
 
-    @property
-    def _missing_rows(self) -> int:
-        return max(self._rows - (0 if self._experts is None else len(self._experts)), 0)
-
     def begin(self) -> dict[str, Any]:
         """The engine's request for what is left; for no token at all where only routed experts are missing."""
-        self._base, self._raw_experts = len(self.tokens), None
+        self._base = len(self.tokens)
         request = self.request
         left = 0 if self.finish is not None else request.max_new_tokens - len(self.tokens)
         sampling: dict[str, Any] = {
@@ -72,6 +75,8 @@ class Splice:
             body["top_logprobs_num"] = request.top_logprobs
         if request.routed_experts:
             body["return_routed_experts"] = True
+            if self._known:
+                body["routed_experts_start_len"] = self._known
         return body
 
     def accept(self, chunk: dict[str, Any], engine: str) -> TokenChunk:
@@ -86,8 +91,9 @@ class Splice:
             top = self._top(meta, count)
             digests = {int(v): str(digest) for v, digest in (meta.get("weight_digests") or {}).items()}
             finish = self._engine_finish(meta)
-            if isinstance(meta.get("routed_experts"), str):
-                self._raw_experts = (meta["routed_experts"], self._base + meta["completion_tokens"])
+            experts = meta.get("routed_experts")
+            if experts is not None and self.request.routed_experts:
+                self._take_experts(experts, self._base + meta["completion_tokens"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise EngineFailure("garbage", f"{engine} sent a chunk that can't be read: {error!r}") from error
         if self.finish is not None:  # asked for routed experts alone
@@ -95,24 +101,16 @@ class Splice:
         self.tokens += tokens
         stopped = self._stop_within(len(tokens))
         if stopped is not None:
-            surplus = len(self.tokens) - stopped
+            keep = len(tokens) - len(self.tokens) + stopped
             del self.tokens[stopped:]
-            keep = len(tokens) - surplus
-            tokens, log_probabilities, versions, top = (
-                tokens[:keep],
-                log_probabilities[:keep],
-                versions[:keep],
-                top[:keep],
-            )
+            tokens, log_probabilities = tokens[:keep], log_probabilities[:keep]
+            versions, top = versions[:keep], top[:keep]
             finish = "stop"
-        if finish is not None:
-            self.finish = self.finish or finish
-            self._merge_experts()
+        self.finish = self.finish or finish
         return TokenChunk(tokens, log_probabilities, versions, engine, top, digests)
 
     def break_off(self) -> None:
         """The engine failed: keep its tokens, and see whether the last of them ended the generation."""
-        self._merge_experts()
         if self.finish is None and self.tokens:
             ends = not self.request.ignore_eos and self.tokens[-1] in self.model.end_ids
             if (ends and len(self.tokens) > self.request.min_new_tokens) or (
@@ -132,16 +130,19 @@ class Splice:
         return value
 
     def _versions(self, meta: dict[str, Any], received: int, count: int) -> list[int]:
-        if "weight_versions" not in meta:
+        spans = meta.get("weight_versions")
+        if spans is None:
             versions = [int(meta["weight_version"])] * count
+        elif spans and spans[-1][0] <= received and spans[-1][1] == received + count:
+            versions = [int(spans[-1][2])] * count
         else:
             known: dict[int, int] = {}
-            for start, end, version in meta["weight_versions"]:
+            for start, end, version in spans:
                 known.update(dict.fromkeys(range(max(start, received), min(end, received + count)), int(version)))
             versions = [known[position] for position in range(received, received + count)]
-        oldest = min(versions, default=self.request.minimum_version)
-        if oldest < self.request.minimum_version:
-            raise EngineFailure("stale", f"a token of version {oldest}, asked was {self.request.minimum_version}")
+        for version in set(versions):
+            if not self.request.allows(version):
+                raise EngineFailure("stale", f"a token of version {version}, asked was {self.request.versions_asked}")
         return versions
 
     def _top(self, meta: dict[str, Any], count: int) -> list[list[tuple[float, int]]]:
@@ -174,24 +175,42 @@ class Splice:
         return next(length for length in candidates if self._contains_stop(self.tokens[:length]))
 
     # ── routed experts ───────────────────────────────────────────────────────────────────────────────────────────
-    def _merge_experts(self) -> None:
+    def _take_experts(self, given: Any, generated: int) -> None:
         """Add the rows that are not known yet: a row stays that of the engine which generated with it. Rows that make
-        no sense stay missing, and are asked for again."""
-        if not self.request.routed_experts or self._raw_experts is None:
-            return
-        text, generated = self._raw_experts
-        self._raw_experts = None
+        no sense stay missing, and are asked for again; those of tokens that are there already, from another engine or
+        another pass, are `unmatched`."""
+        width = max(len(self.model.moe_layers) * self.model.experts_per_token, 1)
         rows = max(len(self.request.prompt) + generated - 1, 0)
         try:
-            flat = np.frombuffer(base64.b64decode(text, validate=True), dtype="<i4")
-            experts = flat.reshape(-1, len(self.model.moe_layers) or 1, self.model.experts_per_token)[:rows]
+            if isinstance(given, str):
+                flat = np.frombuffer(base64.b64decode(given, validate=True), dtype="<i4")
+            else:
+                flat = np.frombuffer(given["data"], np.dtype(given["dtype"]))
+                rows = self._known + len(flat) // width
         except (binascii.Error, ValueError):
             return
-        if len(experts) < rows or (experts.size and not 0 <= experts.min() <= experts.max() < self.model.experts):
+        experts = self._shaped(flat, rows)
+        if (
+            experts is None
+            or rows > len(self.request.prompt) + generated - 1
+            or (experts.size and not 0 <= experts.min() <= experts.max() < self.model.experts)
+        ):
             return
-        narrow = experts.astype(np.uint8 if self.model.experts <= 256 else np.uint16)
-        known = self._experts
-        self._experts = narrow if known is None else np.concatenate([known, narrow[len(known) :]])
+        first = max(self._known - len(self.request.prompt) + 1, 0)
+        self.unmatched.update(range(first, min(self._base, rows - len(self.request.prompt) + 1)))
+        self._experts.append(experts.astype(np.uint8 if self.model.experts <= 256 else np.uint16))
+        self._known = rows
+
+    def _shaped(self, flat: np.ndarray, rows: int) -> np.ndarray | None:
+        """The rows from `_known` on: of the MoE layers or of all layers, and one more where the last token was
+        computed too."""
+        moe, wanted, per_token = list(self.model.moe_layers), rows - self._known, self.model.experts_per_token
+        for more in (0, 1):
+            if flat.size == (wanted + more) * len(moe) * per_token:
+                return flat.reshape(-1, len(moe), per_token)[:wanted]
+            if flat.size == (wanted + more) * self.model.layers * per_token:
+                return flat.reshape(-1, self.model.layers, per_token)[:wanted, moe]
+        return None
 
 
 def _last(values: list[Any], count: int) -> list[Any]:

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from postroad_router.generation import version_spans
 from postroad_router.model import ModelFolderError, read_model
-from postroad_router.pool import QUARANTINE_MAX_S, Pool, quarantine_s
+from postroad_router.pool import QUARANTINE_MAX_S, Engine, Pool, quarantine_s
+from postroad_router.routing import Routing, Wanted
 from postroad_router.template import ChatTemplate, TemplateError, Vocabulary, load_template, load_vocabulary
 from postroad_router.text import TextStream
 
@@ -109,14 +110,20 @@ def member(**info: Any) -> dict[str, Any]:
     return {"url": "http://e", "pid": 1, "version": 1, "state": "ready", "slots": 4, **info}
 
 
+def chosen(pool: Pool, **wanted: Any) -> Engine | None:
+    route = Routing().choose(pool.engines.values(), Wanted(**wanted))
+    return None if route is None else route.engine
+
+
 def test_the_pool_chooses_by_load_version_and_state() -> None:
     pool = Pool()
     assert pool.update({"a": member(), "b": member(version=2), "c": member(state="pulling")})
     assert not pool.update({"a": member(running=3), "b": member(version=2), "c": member(state="pulling")})
     a, b = pool.engines["a"], pool.engines["b"]
     pool.start(a, 100)
-    assert pool.choose(0) is b and pool.choose(0, frozenset("b")) is a and pool.choose(2) is b
-    assert pool.choose(3) is None and pool.choose(2, frozenset("b")) is b
+    assert chosen(pool) is b and chosen(pool, avoid=frozenset("b")) is a and chosen(pool, minimum_version=2) is b
+    assert chosen(pool, minimum_version=3) is None and chosen(pool, minimum_version=2, avoid=frozenset("b")) is b
+    assert chosen(pool, version=1) is a
     pool.end(a, 100)
     assert (a.requests, a.tokens) == (0, 0)
 
@@ -127,16 +134,16 @@ def test_quarantine_grows_and_ends() -> None:
     a = pool.engines["a"]
     pool.fail(a, 10.0)
     pool.fail(a, 10.1)
-    assert a.failures == 1 and pool.choose(0) is None and pool.due_probes(10.4) == [] and pool.due_probes(10.5) == [a]
+    assert a.failures == 1 and chosen(pool) is None and pool.due_probes(10.4) == [] and pool.due_probes(10.5) == [a]
     pool.probed(a, False, 10.5)
     assert a.quarantined_until == 11.5
     pool.probed(a, True, 11.5)
-    assert pool.choose(0) is a and a.failures == 2
+    assert chosen(pool) is a and a.failures == 2
     pool.succeed(a)
     assert a.failures == 0 and quarantine_s(40) == QUARANTINE_MAX_S
     pool.fail(a, 20.0)
     pool.update({"a": member(pid=2)})
-    assert pool.choose(0) is pool.engines["a"]
+    assert chosen(pool) is pool.engines["a"]
 
 
 def test_spans_of_versions() -> None:

@@ -56,6 +56,7 @@ async def test_a_generation_goes_on_exactly(mesh: Any, stub_engine: Any, until: 
     assert len(second.requests[0]["input_ids"]) == PROMPT_TOKENS + after
     assert second.requests[0]["sampling_params"]["max_new_tokens"] == 20 - after
     assert choice.routed_experts["shape"] == [PROMPT_TOKENS + 19, 2, 2]
+    assert choice.routed_experts["unmatched"] == list(range(after)), "the first engine's died with it"
     assert len(first.requests) == 1
 
 
@@ -102,7 +103,7 @@ async def test_experts_that_do_not_fit_are_asked_for_again(mesh: Any, stub_engin
     assert [body["sampling_params"]["max_new_tokens"] for body in first.requests + second.requests] == [5, 0, 0]
     assert choice.routed_experts["shape"] == [PROMPT_TOKENS + 4, 2, 2]
     rows = np.frombuffer(base64.b64decode(choice.routed_experts["data"]), np.uint8)
-    assert set(rows.tolist()) == {2}
+    assert set(rows.tolist()) == {2} and choice.routed_experts["unmatched"] == [0, 1, 2, 3, 4]
 
 
 async def test_a_stop_string_across_the_seam_is_seen(mesh: Any, stub_engine: Any, until: Any) -> None:
@@ -118,6 +119,9 @@ async def test_a_stop_string_across_the_seam_is_seen(mesh: Any, stub_engine: Any
 async def test_quarantine_ends_with_a_good_probe(mesh: Any, stub_engine: Any, until: Any) -> None:
     first, _ = await broken_and_whole(mesh, stub_engine, until, status=500, healthy=False)
     await ask(mesh, max_tokens=2)
+    assert (await mesh.known())["a"]["healthy"] is False and not first.probes, "its weights are old"
+    first.version = 2
+    await mesh.register(first)
     await until(lambda: first.probes)
     assert (await mesh.known())["a"]["failures"] >= 2
     first.status, first.healthy = None, True
@@ -207,11 +211,11 @@ async def test_a_silent_engine_is_waited_for_only_while_it_answers_probes(stub_e
     engine = stub_engine("a", says="x", hold=asyncio.Event())
     await engine.start()
     client = EngineClient("mesh-key", silence_s=0.05)
-    await client.open()
     body = {"input_ids": [3], "sampling_params": {"max_new_tokens": 3, "stop": []}, "stream": True}
 
     async def read() -> int:
-        return len([chunk async for chunk in client.chunks(engine.url, body, time.monotonic() + 20)])
+        async with client.post(engine.url, body, time.monotonic() + 20) as response:
+            return len([chunk async for chunk in response.chunks()])
 
     patient = asyncio.create_task(read())
     await until(lambda: engine.probes >= 3)
@@ -234,7 +238,7 @@ async def test_load_is_spread(mesh: Any, stub_engine: Any, until: Any) -> None:
     await until(known)
     asking = [asyncio.create_task(ask(mesh)) for _ in range(9)]
     await until(lambda: sum(len(engine.requests) for engine in engines) == 9)
-    assert [len(engine.requests) for engine in engines] == [3, 3, 3]
+    assert min(len(engine.requests) for engine in engines) >= 2
     hold.set()
     await asyncio.gather(*asking)
 

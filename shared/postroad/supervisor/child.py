@@ -34,7 +34,8 @@ class Child:
         self.service = service
         self.record = ProcessRecord(kind=service.kind, name=service.name, port=service.port)
         self.log = logs / f"{service.name}.log"
-        self._environment = {**environment, "POSTROAD_NAME": service.name}
+        own = {"POSTROAD_NAME": service.name, "POSTROAD_PORT": str(service.port or 0)}
+        self._environment = {**environment, **own}
         self._changed = changed
         self._restarts = Restarts()
         self._process: subprocess.Popen[bytes] | None = None

@@ -29,7 +29,10 @@ class Service:
 
 
 def services(recipe: Recipe) -> list[Service]:
-    """The services of the mesh, without its servers."""
+    """The services of the mesh, without its servers. Who learns from given answers needs the trainer alone."""
+    trainer = Service("trainer", "trainer", trainer_command(recipe.trainer.processes))
+    if recipe.trainer.algorithm.supervised:
+        return [trainer]
     python = sys.executable
     port = free_port() if recipe.router.replicas > 1 else None  # replicas listen on one
     engine, worker = engine_command(recipe), (python, "-m", "postroad_rollout.worker")
@@ -40,7 +43,7 @@ def services(recipe: Recipe) -> list[Service]:
           for number in range(recipe.router.replicas)),
         Service("reward", "reward-0", (python, "-m", "postroad_reward")),
         *(Service("worker", f"worker-{number}", worker) for number in range(recipe.rollout.workers)),
-        Service("trainer", "trainer", trainer_command(recipe.trainer.processes)),
+        trainer,
     ]  # fmt: skip
 
 

@@ -199,7 +199,8 @@ class Supervisor:
         while True:
             for child in self._children:
                 port = child.service.port
-                if child.record.state == "starting" and port is not None and await listens(port):
+                server = child.service.kind in SERVERS
+                if server and child.record.state == "starting" and port is not None and await listens(port):
                     child.ready(port, None)
             members: list[Member] = []
             try:
