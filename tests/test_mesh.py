@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 
@@ -62,3 +64,29 @@ def test_the_demo_learns(mesh):
     first, last = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
     assert last > first + 0.2, rewards
     mesh.nothing_lost()
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_given_answers_are_learned_without_engines(mesh, tmp_path, algorithm):
+    """The trainer alone, killed on the way: every conversation counts once, digests repeat, the loss falls."""
+    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+    worse = [talk[0], {"role": "assistant", "content": "ab"}]
+    rows = [
+        {"chosen": [{"role": "user", "content": f"{i} {talk[0]['content']}"}, talk[1]], "rejected": worse}
+        for i in range(64)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"kind": "file", "path": str(tmp_path / "rows.jsonl"), "prompt_key": "chosen", "label_key": "rejected"}
+    evaluation = [{"name": "held-out", "data": data, "rows": 8}]
+    mesh.up("sft", "model.bundled=tiny-llama", "model.dtype=float32", f"data={json.dumps(data)}",
+            f"evaluation={json.dumps(evaluation)}", f"trainer.algorithm={algorithm}", "trainer.steps=12",
+            "trainer.groups_per_step=8", "trainer.learning_rate=1e-3", "trainer.checkpoint.every=5")  # fmt: skip
+    mesh.wait_step(7)
+    mesh.kill("trainer")
+    mesh.wait_finished()
+    assert {process["kind"] for process in mesh.read_state()["processes"]} == {"nats", "valkey", "trainer"}
+    audit = mesh.nothing_lost()
+    assert audit["trained"] == 12 * 8 * (2 if algorithm == "dpo" else 1)
+    losses = mesh.read_state()["evaluations"]["held-out"]
+    assert losses["12"]["loss"] < losses["0"]["loss"] - 0.3
+    assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:12"))

@@ -37,7 +37,10 @@ class Audit:
             else:
                 self.evaluation.add(name)
         elif isinstance(message, Sample):
-            self.spans.setdefault(trajectory_id(message.group, message.member), message.trajectory.versions)
+            name = trajectory_id(message.group, message.member)
+            self.spans.setdefault(name, message.trajectory.versions)
+            if message.trajectory.task.agent.get("kind") == "given":  # no worker made it: its sample acknowledges it
+                self.groups[name] = message.group
         elif isinstance(message, DeadLetter):
             self.reasons_of_letters[message.reason] += 1
             if message.stage == "task" or message.member is None:

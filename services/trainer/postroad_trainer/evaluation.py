@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from postroad.bus import AlreadyPublished, Bus
@@ -12,7 +13,7 @@ from postroad.config import Recipe
 from postroad.config.recipe import EvaluationSection
 from postroad.messages import Sample
 from postroad.store import Store
-from postroad_trainer.data import Dataset
+from postroad_trainer.data import Dataset, Row
 from postroad_trainer.feeder import evaluation_group, evaluation_task
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,14 @@ GRACE_S = 30.0
 
 @dataclass
 class Evaluator:
-    """Runs the recipe's evaluations. `results` and `failed` are filled by whoever reads the logs."""
+    """Runs the recipe's evaluations: greedy accuracy, or the `loss` of given answers. `results` and `failed` are filled by
+    whoever reads the logs."""
 
     bus: Bus
     store: Store
     recipe: Recipe
     data: dict[str, Dataset]
+    loss: Callable[[list[Row]], Awaitable[float]] | None = None
     results: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,7 +51,7 @@ class Evaluator:
         ]
 
     async def run(self, version: int, steps: int) -> dict[str, float]:
-        """Accuracy by evaluation name, of those that are due at `version` and not done yet. All of them at once."""
+        """Accuracy or loss by evaluation name, of those that are due at `version` and not done yet. All of them at once."""
         due = [e for e in self.due(version, steps) if not await self._done(e, version)]
         values = await asyncio.gather(*(self._evaluate(evaluation, version) for evaluation in due))
         return {evaluation.name: value for evaluation, value in zip(due, values, strict=True)}
@@ -57,6 +60,11 @@ class Evaluator:
         return str(version) in (await self.store.get(f"evaluation:{evaluation.name}") or {})
 
     async def _evaluate(self, evaluation: EvaluationSection, version: int) -> float:
+        if self.loss is not None:
+            rows_of_loss = self.data[evaluation.name].rows[: evaluation.rows]
+            return await self._record(
+                evaluation, version, "loss", await self.loss(list(rows_of_loss)), len(rows_of_loss)
+            )
         data = self.data[evaluation.name]
         rows = range(min(evaluation.rows, len(data)))
         groups = [evaluation_group(version, evaluation.name, row) for row in rows]
@@ -76,10 +84,13 @@ class Evaluator:
             logger.warning("evaluation %s at version %d: %d of %d rows failed: %s", evaluation.name, version,
                            len(groups) - len(graded), len(groups), self.failed)  # fmt: skip
         accuracy = sum(graded) / len(graded) if graded else float("nan")
+        return await self._record(evaluation, version, "accuracy", accuracy, len(graded))
+
+    async def _record(self, evaluation: EvaluationSection, version: int, name: str, value: float, rows: int) -> float:
         document = await self.store.get(f"evaluation:{evaluation.name}") or {}
-        document[str(version)] = {"accuracy": accuracy, "rows": len(graded), "step": version}
+        document[str(version)] = {name: value, "rows": rows, "step": version}
         await self.store.set(f"evaluation:{evaluation.name}", document)
-        return accuracy
+        return value
 
     async def _wait(self, groups: list[str]) -> None:
         end = time.monotonic() + self.recipe.rollout.deadline_s + GRACE_S

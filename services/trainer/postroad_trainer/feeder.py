@@ -32,7 +32,7 @@ def train_task(recipe: Recipe, run: str, data: Dataset, number: int, minimum_ver
         id=group_name(number),
         purpose="train",
         prompt=row.prompt,
-        members=recipe.rollout.group_size,
+        members=recipe.group_size,
         sampling=_sampling(recipe.rollout.sampling, _seed(recipe.seed, group_name(number))),
         agent=recipe.rollout.agent,
         reward=_reward(recipe, row),

@@ -49,7 +49,6 @@ def _result(result: StepResult) -> dict[str, Any]:
     names = (
         "loss", "grad_norm", "skipped", "gradients_not_finite", "rows", "rows_skipped", "rows_masked", "tokens",
         "trained_tokens", "computed_tokens", "prompts_not_shared", "experts_differ_fraction", "entropy",
-        "logprob_abs_diff_mean", "logprob_abs_diff_max",
     )  # fmt: skip
     run = result.sums.get("trained", 0.0)
     means = {"policy_loss": "policy_loss", "clipped": "clip_fraction", "rejected": "rejected_fraction",
@@ -144,6 +143,7 @@ def _agreement(trained: Trained) -> dict[str, Any]:
     names = ("kl", "kl_k3", "perplexity_ratio", "chi2_token", "chi2_sequence")
     weight_N = bounded_ratio(trainer_N - engine_N)
     return {
+        "logprob_abs_diff_mean": difference.mean(dtype=np.float64), "logprob_abs_diff_max": difference.max(),
         "logprob_abs_diff_p99": np.quantile(difference, 0.99),
         **{f"logprob_abs_diff_mean_staleness_{a}": difference[age == a].mean() for a in np.unique(age)},
         **{f"logprob_abs_diff_mean_quarter_{q + 1}": difference[place == q].mean() for q in np.unique(place)},

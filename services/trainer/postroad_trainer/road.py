@@ -8,11 +8,11 @@ import time
 
 from postroad.bus import AlreadyPublished, Bus, InvalidMessage, LoggedMessage
 from postroad.config import Recipe
-from postroad.messages import DeadLetter, Sample
-from postroad_trainer.data import Dataset
+from postroad.messages import DeadLetter, Message, Sample
+from postroad_trainer.data import Conversations, Dataset, prompt_index
 from postroad_trainer.evaluation import Evaluator
-from postroad_trainer.feeder import group_number, train_task
-from postroad_trainer.ledger import Batch, Ledger, Member
+from postroad_trainer.feeder import group_name, group_number, train_task
+from postroad_trainer.ledger import Assignment, Batch, Ledger, Member
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +21,20 @@ TICK_S = 1.0
 
 
 class Road:
-    """Feeds tasks and collects samples for `ledger`. `run` works until cancelled."""
+    """Feeds tasks and collects samples for `ledger`. With `given` conversations it feeds their samples instead, by the same
+    log. `run` works until cancelled."""
 
-    def __init__(self, bus: Bus, recipe: Recipe, data: Dataset, ledger: Ledger, evaluator: Evaluator) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        recipe: Recipe,
+        data: Dataset,
+        ledger: Ledger,
+        evaluator: Evaluator,
+        given: Conversations | None = None,
+    ) -> None:
         self.bus, self.recipe, self.data, self.ledger, self.evaluator = bus, recipe, data, ledger, evaluator
+        self.given = given
         self.samples: dict[str, Sample] = {}
         self.late: dict[str, int] = {}
         self._deadlines: dict[int, float] = {}
@@ -72,14 +82,24 @@ class Road:
                 self._progress.set()
                 if assignment.complete:
                     continue
-                task = train_task(
-                    self.recipe, self.bus.subjects.run, self.data, assignment.number, assignment.minimum_version
-                )
-                self._deadlines[assignment.number] = task.deadline
-                try:
-                    await self.bus.publish(self.bus.subjects.task(task.group), task, once=True)
-                except AlreadyPublished:
-                    logger.info("task %s is on its way already", task.group)
+                messages = await asyncio.to_thread(self._messages, assignment)
+                for subject, message in messages:
+                    try:
+                        await self.bus.publish(subject, message, once=True)
+                    except AlreadyPublished:
+                        logger.info("%s is on its way already", message.id)
+
+    def _messages(self, assignment: Assignment) -> list[tuple[str, Message]]:
+        """What asks for a group: its task, or its samples where they are given."""
+        recipe, run = self.recipe, self.bus.subjects.run
+        number, version = assignment.number, assignment.minimum_version
+        if self.given is None:
+            task = train_task(recipe, run, self.data, number, version)
+            self._deadlines[number] = task.deadline
+            return [(self.bus.subjects.task(task.group), task)]
+        row = self.data.row(prompt_index(recipe.seed, number, len(self.data), shuffle=recipe.data.shuffle))
+        samples = self.given.samples(row, run, group_name(number), version)
+        return [(self.bus.subjects.sample(sample.group, sample.member), sample) for sample in samples]
 
     async def _read_samples(self, start: int) -> None:
         async for entry in self.bus.replay("SAMPLES", start=start, follow=True):

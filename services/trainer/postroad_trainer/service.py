@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from postroad.store import Store
 from postroad.telemetry.tracing import span
 from postroad.weights import Publisher
 from postroad_trainer.checkpoint import Checkpoints, Position
-from postroad_trainer.data import Dataset, open_dataset
+from postroad_trainer.data import Conversations, Dataset, Row, open_dataset
 from postroad_trainer.evaluation import Evaluator
 from postroad_trainer.export import export_model
 from postroad_trainer.feeder import group_name, group_number
@@ -137,12 +137,16 @@ class TrainerService:
     async def _train(self, data: Data) -> None:
         trainer = self.recipe.trainer
         ledger = Ledger(
-            LedgerSettings(trainer.steps, trainer.groups_per_step, self.recipe.rollout.group_size, trainer.staleness,
+            LedgerSettings(trainer.steps, trainer.groups_per_step, self.recipe.group_size, trainer.staleness,
                            trainer.filter, trainer.max_filtered),
             version=self.position.version, next_number=self.position.next_number,
         )  # fmt: skip
-        evaluator = Evaluator(self.bus, self.store, self.recipe, data.evaluation)
-        road = Road(self.bus, self.recipe, data.train, ledger, evaluator)
+        given = None
+        if trainer.algorithm.supervised:
+            given = await asyncio.to_thread(Conversations, self.recipe, self.environment.model)
+        loss = self._loss_of(given) if given is not None else None
+        evaluator = Evaluator(self.bus, self.store, self.recipe, data.evaluation, loss)
+        road = Road(self.bus, self.recipe, data.train, ledger, evaluator, given)
         working = asyncio.create_task(road.run(self.position.sample_sequence))
         steps = asyncio.create_task(self._steps(road, evaluator))
         try:
@@ -155,6 +159,14 @@ class TrainerService:
             for task in (working, steps):
                 task.cancel()
             await asyncio.gather(working, steps, return_exceptions=True)
+
+    def _loss_of(self, given: Conversations) -> Callable[[list[Row]], Awaitable[float]]:
+        async def loss(rows: list[Row]) -> float:
+            run = self.environment.run
+            samples = await asyncio.to_thread(lambda: [given.samples(row, run, "evaluation", 0)[0] for row in rows])
+            return await self.leader.score(samples)
+
+        return loss
 
     async def _steps(self, road: Road, evaluator: Evaluator) -> None:
         total = self.recipe.trainer.steps
@@ -232,6 +244,9 @@ class TrainerService:
                 ) from None
 
     async def _publish(self, version: int, digest: str) -> None:
+        """Give the weights to the engines, where there are any."""
+        if self.recipe.trainer.algorithm.supervised:
+            return
         await self.publisher.make_room()
         snapshot = await self.leader.freeze(self.environment.run, version)
         await self.publisher.publish(snapshot, digest)

@@ -96,8 +96,9 @@ def _numbers(trained: Sequence[Step], state: StateRecord) -> str:
     words.append(f"{last.seconds:.1f} s a step")
     if (difference := last.metrics.get("logprob_abs_diff_mean")) is not None:
         words.append(f"|Δ logprob| {difference:.4f}")
-    if (accuracy := first_evaluation(state)) is not None:
-        words.append(f"held-out accuracy {accuracy[0]:.3f} → {accuracy[1]:.3f}")
+    if (evaluation := first_evaluation(state)) is not None:
+        name, before, after = evaluation
+        words.append(f"held-out {name} {before:.3f} → {after:.3f}")
     return "   ".join(words)
 
 

@@ -49,12 +49,14 @@ def step_line(step: Step, steps: int) -> str:
     )
 
 
-def first_evaluation(state: StateRecord) -> tuple[float, float] | None:
-    """Accuracy of the first evaluation at its first and its last version."""
+def first_evaluation(state: StateRecord) -> tuple[str, float, float] | None:
+    """What the first evaluation measures, accuracy or loss, at its first and its last version."""
     for values in state.evaluations.values():
         if values:
             versions = sorted(values, key=int)
-            return values[versions[0]]["accuracy"], values[versions[-1]]["accuracy"]
+            first, last = values[versions[0]], values[versions[-1]]
+            name = "loss" if "loss" in first else "accuracy"
+            return name, first[name], last[name]
         return None
     return None
 
@@ -63,8 +65,10 @@ def summary(state: StateRecord) -> str:
     """The last line of a finished run."""
     audit: dict[str, Any] | None = state.audit
     line = audit_line(audit) if audit is not None else "audit: not made, see logs/supervisor.log"
-    accuracy = first_evaluation(state)
-    return line if accuracy is None else f"held-out accuracy before {accuracy[0]:.3f} after {accuracy[1]:.3f}; {line}"
+    if (evaluation := first_evaluation(state)) is None:
+        return line
+    name, before, after = evaluation
+    return f"held-out {name} before {before:.3f} after {after:.3f}; {line}"
 
 
 def _say(line: str) -> None:

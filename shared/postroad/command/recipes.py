@@ -37,6 +37,14 @@ def meaning(recipe: Recipe) -> list[str]:
     outstanding = (trainer.staleness + 1) * trainer.groups_per_step
     processes = [service.name for service in services(recipe)]
     model = recipe.model.bundled or recipe.model.path
+    if trainer.algorithm.supervised:
+        return [
+            f"Run {recipe.name!r} trains {model} in {recipe.model.dtype} for {trainer.steps} steps by {trainer.algorithm.name}.",
+            f"A step takes {trainer.groups_per_step * recipe.group_size} conversations of {_source(recipe)}.",
+            *(f"Evaluation {e.name!r}: the loss of {e.rows} held-out conversations." for e in recipe.evaluation),
+            f"Processes: nats, valkey, {', '.join(processes)} ({len(processes) + 2}).",
+            _memory(recipe),
+        ]
     return [
         f"Run {recipe.name!r} trains {model} in {recipe.model.dtype} for {trainer.steps} steps.",
         f"A step takes {trainer.groups_per_step} prompts with {rollout.group_size} attempts each: {samples} samples, "
@@ -85,5 +93,5 @@ def _memory(recipe: Recipe) -> str:
     weights = sum(file.stat().st_size for file in files)
     parameters = weights / 2 if recipe.model.dtype == "bfloat16" else weights / 4
     trainer = recipe.trainer.processes * parameters * 18 + 2 * weights
-    engines = recipe.rollout.engines * 2 * weights
+    engines = 0 if recipe.trainer.algorithm.supervised else recipe.rollout.engines * 2 * weights
     return f"Memory: about {(trainer + engines) / 1024**3 + 1.5:.1f} GiB, of which 1.5 beside the model."
