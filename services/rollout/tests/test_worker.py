@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,13 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from aiohttp import web
 
 from postroad.bus import Bus
 from postroad.config import Environment, Recipe
-from postroad.messages import DeadLetter, EngineFeatures, RewardSpec, Sampling, Task, Trajectory
+from postroad.messages import (
+    DeadLetter,
+    EngineFeatures,
+    RewardSpec,
+    Sampling,
+    Task,
+    Trajectory,
+    VersionSpan,
+    decode,
+    encode,
+)  # fmt: skip
 from postroad.store import Store
 from postroad_rollout.worker.service import WorkerService
 
@@ -46,11 +56,14 @@ class StubRouter:
     refuse: bool = False
     held: set[int] = field(default_factory=set)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    sessions: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     url: str = ""
 
     async def start(self) -> None:
         app = web.Application()
-        app.router.add_post("/v1/chat/completions", self.chat)
+        app.router.add_post("/sessions/{session}/v1/chat/completions", self.chat)
+        app.router.add_post("/sessions/{session}/trajectories", self.collect)
+        app.router.add_delete("/sessions/{session}", self.forget)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", 0).start()
@@ -69,24 +82,35 @@ class StubRouter:
             return web.json_response({"error": {}}, status=int(fault), headers={"Retry-After": "0"})
         if body["seed"] in self.held:
             await asyncio.Event().wait()
-        return web.json_response(self.answer(body, fault))
+        self.sessions[request.match_info["session"]] = (body, fault)
+        message = {"role": "assistant", "content": f"answer {body['seed']}"}
+        return web.json_response(
+            {"choices": [{"message": message, "finish_reason": "stop"}] if fault != "empty" else []}
+        )
 
-    def answer(self, body: dict[str, Any], fault: str) -> dict[str, Any]:
-        tokens = [body["seed"] % 50, 11, 12, 2]
-        choice: dict[str, Any] = {
-            "index": 0, "message": {"role": "assistant", "content": f"answer {body['seed']}"}, "finish_reason": "stop",
-            "token_ids": tokens, "prompt_token_ids": PROMPT, "token_logprobs": [-0.5, -0.25, -0.125, -1.0],
-            "versions": [[0, 1, 3], [1, 4, 4]], "digests": {"3": "d3", "4": "d4"}, "engine": "engine-0",
-        }  # fmt: skip
+    async def collect(self, request: web.Request) -> web.Response:
+        asked = msgpack.unpackb(await request.read())
+        task = decode(asked["task"])
+        assert isinstance(task, Task) and asked["keep"] == "latest"
+        body, fault = self.sessions[request.match_info["session"]]
+        self.sessions[request.match_info["session"]] = (body, "")
         if fault == "short":
-            choice["token_logprobs"] = [-0.5]
-        if fault == "old":
-            choice["versions"] = [[0, 4, 1]]
-        if body["routed_experts"]:
-            rows = np.arange(6 * 2 * 2, dtype=np.uint8)
-            choice["routed_experts"] = {"dtype": "u1", "shape": [6, 2, 2],
-                                        "data": base64.b64encode(rows.tobytes()).decode()}  # fmt: skip
-        return {"choices": [] if fault == "empty" else [choice]}
+            return web.Response(body=b"\x91")
+        spans = [(3, 7, 1)] if fault == "old" else [(3, 4, 3), (4, 7, 4)]
+        trajectory = Trajectory(
+            run=RUN, id="any", member=asked["member"], task=task, engine="engine-0", finish_reason="stop",
+            tokens=np.array([*PROMPT, body["seed"] % 50, 11, 12, 2], np.int32),
+            loss_mask=np.array([0, 0, 0, 1, 1, 1, 1], np.uint8),
+            log_probabilities=np.array([0, 0, 0, -0.5, -0.25, -0.125, -1.0], np.float32),
+            versions=[VersionSpan(start=s, end=e, version=v, digest=f"d{v}") for s, e, v in spans],
+            messages=[*body["messages"], {"role": "assistant", "content": f"answer {body['seed']}"}],
+            routed_experts=np.zeros((6, 2, 2), np.uint8) if body["routed_experts"] else None,
+        )  # fmt: skip
+        return web.Response(body=msgpack.packb([encode(trajectory)]))
+
+    async def forget(self, request: web.Request) -> web.Response:
+        del self.sessions[request.match_info["session"]]
+        return web.Response(status=204)
 
 
 @dataclass
@@ -190,6 +214,7 @@ async def test_a_group_is_published_exactly(road: Road) -> None:
     assert trajectory.log_probabilities.tolist() == [0, 0, 0, -0.5, -0.25, -0.125, -1.0]
     assert [(s.start, s.end, s.version, s.digest) for s in trajectory.versions] == [(3, 4, 3, "d3"), (4, 7, 4, "d4")]
     assert trajectory.routed_experts is not None and trajectory.routed_experts.shape == (6, 2, 2)
+    assert not road.router.sessions, "what is published is forgotten"
     assert trajectory.messages[-1] == {"role": "assistant", "content": "answer 102"} and trajectory.response
 
 
@@ -274,7 +299,8 @@ async def test_failures_of_the_router_are_asked_again(road: Road, fault: str) ->
     await road.issue(members=2)
     await until(road.finished)
     published = await road.published()
-    assert sorted(published) == [0, 1] and len(road.router.requests) == 4 and await road.dead() is None
+    asked = 2 if fault in ("short", "old") else 4  # a turn that is recorded is not generated again
+    assert sorted(published) == [0, 1] and len(road.router.requests) == asked and await road.dead() is None
     assert sum(trajectory.metrics["retries"] for trajectory in published.values()) == 2
 
 

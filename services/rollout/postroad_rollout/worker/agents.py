@@ -41,21 +41,17 @@ class SingleTurn:
     """The prompt, and one answer."""
 
     async def run(self, task: Task, model: ModelClient) -> Attempt:
-        completion = await model.complete(task.prompt)
-        before = len(completion.prompt)
-        return Attempt(
-            tokens=np.concatenate([completion.prompt, completion.tokens]),
-            loss_mask=np.concatenate([np.zeros(before, np.uint8), np.ones(len(completion.tokens), np.uint8)]),
-            log_probabilities=np.concatenate([np.zeros(before, np.float32), completion.log_probabilities]),
-            versions=[
-                span.model_copy(update={"start": span.start + before, "end": span.end + before})
-                for span in completion.versions
-            ],
-            messages=[*task.prompt, {"role": "assistant", "content": completion.text}],
-            finish_reason="length" if completion.finish_reason == "length" else "stop",
-            engine=completion.engine,
-            routed_experts=completion.routed_experts,
-        )
+        await model.complete(task.prompt)
+        return await recorded(model)
+
+
+async def recorded(model: ModelClient) -> Attempt:
+    """The attempt as the router has it: all turns of the member's session, up to the newest."""
+    found = await model.trajectory()
+    return Attempt(
+        found.tokens, found.loss_mask, found.log_probabilities, found.versions, found.messages, found.finish_reason,
+        found.engine, found.routed_experts, found.metrics,
+    )  # fmt: skip
 
 
 AGENTS: dict[str, type[Agent]] = {"single_turn": SingleTurn}

@@ -15,6 +15,10 @@ class RefusedByEngine(Exception):
     """The model does not take this prompt, such as one that is too long: asking again is useless."""
 
 
+class SessionLost(Exception):
+    """The router does not know the session any more: what was generated is gone, the member has to begin anew."""
+
+
 class DeadlinePassed(Exception):
     """The member was not done when the task's deadline passed."""
 

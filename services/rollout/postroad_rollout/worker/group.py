@@ -65,14 +65,16 @@ class GroupRunner:
         started = time.monotonic()
         model = ModelClient(self._connection, task, member)
         with span("member", group=task.group, member=member):
-            attempt = await self._attempt(task, model, agent)
-            seconds = time.monotonic() - started
-            trajectory = _trajectory(task, model, attempt, seconds)
             try:
+                attempt = await self._attempt(task, model, agent)
+                seconds = time.monotonic() - started
+                trajectory = _trajectory(task, model, attempt, seconds)
                 await self._bus.publish(self._bus.subjects.trajectory(task.group, member), trajectory, once=True)
             except AlreadyPublished:
                 MEMBERS.labels("already_published").inc()
                 return
+            finally:
+                await model.forget()
         MEMBERS.labels("published").inc()
         TOKENS.inc(int(trajectory.loss_mask.sum()))
         SECONDS.observe(seconds)

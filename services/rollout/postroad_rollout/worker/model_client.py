@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 import logging
 import random
+import re
 import time
+import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
+import msgpack
 import numpy as np
 
-from postroad.messages import Task, VersionSpan
+from postroad.messages import SchemaError, Task, Trajectory, decode, encode
 from postroad.telemetry.tracing import inject_context
-from postroad_rollout.worker.errors import DeadlinePassed, RefusedByEngine, RouterFailure
+from postroad_rollout.worker.errors import DeadlinePassed, RefusedByEngine, RouterFailure, SessionLost
 from postroad_rollout.worker.metrics import RETRIES
 from postroad_rollout.worker.routers import Routers
 
@@ -30,22 +32,21 @@ BACKOFF_MAX_S = 2.0
 SILENCE_S = 10.0
 PROBE_S = 5.0
 KEEP_ALIVE_S = 2.0  # less than a server's, so that no request meets a connection that is being closed
-EXPERT_TYPES = {"u1": np.uint8, "u2": np.uint16}
+FORGET_S = 2.0
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer, exact to the token. `versions` cover `tokens`; `routed_experts` is [prompt + tokens - 1, MoE
-    layers, top-k] or None."""
+    """One answer: the assistant's message as OpenAI has it. Its tokens are in the router's session."""
 
-    prompt: np.ndarray
-    tokens: np.ndarray
-    log_probabilities: np.ndarray
-    versions: list[VersionSpan]
-    text: str
+    message: dict[str, Any]
     finish_reason: str
-    engine: str
-    routed_experts: np.ndarray | None = None
+
+    @property
+    def text(self) -> str:
+        return self.message.get("content") or ""
 
 
 class Connection:
@@ -63,10 +64,10 @@ class Connection:
     async def close(self) -> None:
         await self._session.close()
 
-    async def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The JSON answer. Raises RouterFailure or RefusedByEngine."""
+    async def request(self, method: str, path: str, **content: Any) -> bytes:
+        """The answer's body. Raises RouterFailure, RefusedByEngine or SessionLost."""
         url = await self._routers.url()
-        asking = asyncio.ensure_future(self._ask(url + path, body))
+        asking = asyncio.ensure_future(self._ask(method, url + path, content))
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=SILENCE_S)
@@ -83,8 +84,8 @@ class Connection:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
-    async def _ask(self, url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
-        async with self._session.post(url, json=body, headers=inject_context({})) as response:
+    async def _ask(self, method: str, url: str, content: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        async with self._session.request(method, url, headers=inject_context({}), **content) as response:
             return response.status, dict(response.headers), await response.read()
 
     async def _lives(self, url: str) -> bool:
@@ -96,20 +97,44 @@ class Connection:
 
 
 class ModelClient:
-    """Bound to one member of a task: its sampling, seed, oldest allowed version and deadline."""
+    """Bound to one member of a task: its sampling, seed, oldest allowed version and deadline, and its session at the
+    router, which keeps the tokens of all calls."""
 
     def __init__(self, connection: Connection, task: Task, member: int) -> None:
         self._connection, self.task, self.member = connection, task, member
+        self.session = re.sub(r"[^A-Za-z0-9._~-]", "-", f"{task.group[:80]}.{member}.") + uuid.uuid4().hex
         self.retries = 0
 
     async def complete(self, messages: list[dict[str, Any]], max_new_tokens: int | None = None) -> Completion:
-        """The model's answer to `messages`. Failures are asked again, with backoff, for as long as the caller waits:
-        the group runner ends it at the task's deadline. Raises RefusedByEngine and DeadlinePassed."""
+        """The model's answer to `messages`. Raises RefusedByEngine and DeadlinePassed."""
+        path = f"/sessions/{self.session}/v1/chat/completions"
+        return await self._retried(
+            lambda: self._connection.request("POST", path, json=self._body(messages, max_new_tokens)), read_completion
+        )
+
+    async def trajectory(self) -> Trajectory:
+        """What the session holds, exact to the token. Raises DeadlinePassed and SessionLost."""
+        body = msgpack.packb({"task": encode(self.task), "member": self.member, "keep": "latest"})
+        path = f"/sessions/{self.session}/trajectories"
+        return await self._retried(
+            lambda: self._connection.request("POST", path, data=body), lambda data: read_trajectory(data, self.task)
+        )
+
+    async def forget(self) -> None:
+        """Let the router forget the session; it does so by itself some time later."""
+        try:
+            async with asyncio.timeout(FORGET_S):
+                await self._connection.request("DELETE", f"/sessions/{self.session}")
+        except (RouterFailure, RefusedByEngine, SessionLost, TimeoutError) as error:
+            logger.info("session %s stays for a while: %r", self.session, error)
+
+    async def _retried(self, ask: Callable[[], Awaitable[bytes]], read: Callable[[bytes], Result]) -> Result:
+        """Failures are asked again, with backoff, for as long as the caller waits: the group runner ends it at the
+        task's deadline."""
         attempt = 0
         while True:
             try:
-                answer = await self._connection.post("/v1/chat/completions", self._body(messages, max_new_tokens))
-                return read_completion(answer, self.task)
+                return read(await ask())
             except RouterFailure as failure:
                 self.retries += 1
                 RETRIES.labels(failure.reason).inc()
@@ -129,7 +154,7 @@ class ModelClient:
         body = {
             "model": MODEL, "messages": messages, "max_tokens": max_new_tokens or sampling.max_new_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-            "min_p": sampling.min_p, "return_token_ids": True, "minimum_version": self.task.minimum_version,
+            "min_p": sampling.min_p, "minimum_version": self.task.minimum_version,
             "timeout_s": max(self.task.deadline - time.time(), 0.001),
             "routed_experts": self.task.features.routed_experts,
         }  # fmt: skip
@@ -140,47 +165,38 @@ class ModelClient:
         return body
 
 
-def _answer(status: int, headers: dict[str, str], text: bytes) -> Any:
+def _answer(status: int, headers: dict[str, str], text: bytes) -> bytes:
     if status in REFUSALS:
         raise RefusedByEngine(f"{status}: {text[:500].decode(errors='replace')}")
-    if status != 200:
+    if status == 404:
+        raise SessionLost(text[:300].decode(errors="replace"))
+    if status not in (200, 204):
         retry_after = headers.get("Retry-After", "")
         raise RouterFailure(
             f"status_{status}", text[:300].decode(errors="replace"),
             min(float(retry_after), BACKOFF_MAX_S) if retry_after.isdigit() else 0.0,
         )  # fmt: skip
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RouterFailure("garbage", f"an answer that is not JSON: {error}") from error
+    return text
 
 
-def read_completion(answer: Any, task: Task) -> Completion:
-    """The answer's tokens. Raises RouterFailure where it is not exact: nothing half right becomes a trajectory."""
+def read_completion(data: bytes) -> Completion:
+    """The answer. Raises RouterFailure where it is none."""
     try:
-        choice = answer["choices"][0]
-        tokens = np.asarray(choice["token_ids"], dtype=np.int32)
-        log_probabilities = np.asarray(choice["token_logprobs"], dtype=np.float32)
-        prompt = np.asarray(choice["prompt_token_ids"], dtype=np.int32)
-        digests = choice["digests"]
-        versions = [
-            VersionSpan(start=start, end=end, version=version, digest=digests.get(str(version), ""))
-            for start, end, version in choice["versions"]
-        ]
-        experts = _experts(choice["routed_experts"]) if task.features.routed_experts else None
-        text, finish, engine = choice["message"]["content"], choice["finish_reason"], choice["engine"]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, binascii.Error, OverflowError) as error:
+        choice = json.loads(data)["choices"][0]
+        return Completion(dict(choice["message"]), str(choice["finish_reason"]))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RouterFailure("garbage", f"an answer that lacks what was asked for: {error!r}") from error
-    exact = tokens.shape == log_probabilities.shape == (len(tokens),) and len(tokens) > 0 and len(prompt) > 0
-    covered = sum(span.end - span.start for span in versions) == len(tokens)
-    fresh = all(span.version >= task.minimum_version for span in versions)
-    if not exact or not covered or not fresh or not np.isfinite(log_probabilities).all():
-        raise RouterFailure("garbage", f"{len(tokens)} tokens with versions {choice['versions']}, not exact")
-    if experts is not None and (experts.ndim != 3 or len(experts) != len(prompt) + len(tokens) - 1):
-        raise RouterFailure("garbage", f"routed experts {experts.shape} for {len(prompt)} + {len(tokens)} tokens")
-    return Completion(prompt, tokens, log_probabilities, versions, str(text), str(finish), str(engine), experts)
 
 
-def _experts(value: dict[str, Any]) -> np.ndarray:
-    data = base64.b64decode(value["data"], validate=True)
-    return np.frombuffer(data, np.dtype(EXPERT_TYPES[value["dtype"]]).newbyteorder("<")).reshape(value["shape"])
+def read_trajectory(data: bytes, task: Task) -> Trajectory:
+    """The newest trajectory. Raises RouterFailure where it is not exact: nothing half right is published."""
+    try:
+        trajectory = decode(msgpack.unpackb(data)[0])
+    except (SchemaError, IndexError, TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
+        raise RouterFailure("garbage", f"no trajectory: {error!r}") from error
+    if not isinstance(trajectory, Trajectory) or not trajectory.versions:
+        raise RouterFailure("garbage", "no trajectory with generated tokens")
+    fresh = trajectory.oldest_version >= task.minimum_version
+    if not fresh or not np.isfinite(trajectory.log_probabilities).all():
+        raise RouterFailure("garbage", f"a trajectory of version {trajectory.oldest_version}, or not finite")
+    return trajectory
