@@ -115,7 +115,9 @@ async def activations(folder: Path) -> list[dict[str, Any]]:
 def judge(arguments: argparse.Namespace, steps: list[Any], audit: Any, events: list[Any], first_step_s: float) -> int:
     measured = steps[WARM_UP:]
     metrics = [step["metrics"] for step in measured]
-    difference = statistics.mean(step["logprob_abs_diff_mean"] for step in measured)
+    difference = statistics.mean(
+        step["logprob_abs_diff_mean"] for step in measured if step["logprob_abs_diff_mean"] is not None
+    )  # None: all rewards of the step were equal, and nothing was run
     waited = sum(values["seconds_wait"] for values in metrics)
     pauses = [event["pause_ms"] for event in events[2:]] or [float("nan")]
     figures = {
