@@ -8,25 +8,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from postroad_trainer.backend import BackendSettings, MegatronBackend
+from postroad_trainer.backend import BackendSettings, MegatronBackend, ParallelSettings
 from postroad_trainer.backend.layout import Tree
 from postroad_trainer.backend.visibility import Layout
 from postroad_trainer.batch import StepSettings, TrainRow
-from postroad_trainer.models.family import Entry, from_megatron
 from postroad_trainer.models.tiny import write_tiny_model
 
 FROZEN_STEP = StepSettings(learning_rate=0.0, grad_clip=0.0)
 
 
-def model_folder(tmp_path: Path, kind: Any = "llama", seed: int = 0) -> Path:
-    folder = tmp_path / f"{kind}-{seed}"
+def model_folder(tmp_path: Path, kind: Any = "llama", seed: int = 0, **changes: Any) -> Path:
+    folder = tmp_path / "-".join([kind, str(seed), *changes])
     if not folder.exists():
-        write_tiny_model(folder, kind, seed)
+        write_tiny_model(folder, kind, seed, changes)
     return folder
 
 
-def backend(folder: Path, **settings: Any) -> MegatronBackend:
-    return MegatronBackend(BackendSettings(**{"model_path": folder, "dtype": "float32", **settings}))
+def backend(folder: Path, parallel: dict[str, Any] | None = None, **settings: Any) -> MegatronBackend:
+    layout = ParallelSettings(**(parallel or {}))
+    return MegatronBackend(BackendSettings(**{"model_path": folder, "dtype": "float32", "parallel": layout, **settings}))
 
 
 def make_rows(
@@ -61,18 +61,11 @@ def make_rows(
 
 
 def by_name(trained: MegatronBackend, attribute: str = "main_grad") -> dict[str, torch.Tensor]:
-    """An attribute of every trained parameter, under the Hugging Face names."""
-    model = trained._model
+    """An attribute of every trained parameter, under the Hugging Face names (on the ranks of a model, its parts)."""
     found = {}
-    for entry in trained._built.family.entries(model):
-        if entry.parameter.requires_grad:
-            value = getattr(entry.parameter, attribute)
-            parts = from_megatron(
-                Entry(entry.parameter, entry.kind, entry.names),
-                value,
-                model.config.num_query_groups,
-                model.config.kv_channels,
-            )
+    for entry in trained._state.entries:
+        if entry.parameter.requires_grad and not entry.copy:
+            parts = trained._built.mapping.split(entry, getattr(entry.parameter, attribute))
             found |= {name: part.clone() for name, part in zip(entry.names, parts, strict=True)}
     return found
 
@@ -83,7 +76,7 @@ def logits_of(trained: MegatronBackend, tokens: np.ndarray) -> torch.Tensor:
     tree = Tree(tokens.astype(np.int64), np.arange(length), np.ones(length, np.int64), none, none, none, none, None)
     with torch.no_grad(), trained._running():
         number = trained._built.table.add(Layout.of([tree], torch.device("cpu")))
-        logits = trained._model(torch.from_numpy(tree.tokens)[None], None, number)
+        logits = trained._chunks[0](torch.from_numpy(tree.tokens)[None], None, number)
         trained._built.table.clear()
     return logits[0].float()
 

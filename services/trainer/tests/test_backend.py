@@ -7,6 +7,7 @@ import math
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from postroad.config.algorithm import AlgorithmSection
-from postroad_trainer.backend import BackendError, BackendSettings, MegatronBackend, cpu_shim
+from postroad_trainer.backend import BackendError, BackendSettings, MegatronBackend, ParallelSettings, cpu_shim
 from postroad_trainer.batch import RowError, StepSettings, TrainRow
+from postroad_trainer.models import family_of, read_configuration
 
 
 def _reference(
@@ -78,7 +80,14 @@ def test_sharing_prompts_changes_neither_loss_nor_gradients(tmp_path: Path, kind
     assert largest_difference(by_name(shared), by_name(separate)) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{"tree_tokens": 20}, {"recompute": True, "micro_batch_tokens": 40}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tree_tokens": 20},
+        {"parallel": {"recompute": "full"}, "micro_batch_tokens": 40},
+        {"parallel": {"recompute": "selective"}},
+    ],
+)
 def test_how_a_batch_is_cut_does_not_change_the_gradients(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder, rows = model_folder(tmp_path), make_rows()
     whole, cut = backend(folder), backend(folder, **changes)
@@ -258,18 +267,51 @@ def test_a_row_longer_than_a_micro_batch_is_refused(tmp_path: Path) -> None:
         ours.train_step([], StepSettings(1e-3))
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"pipeline_parallel": 2, "virtual_pipeline_parallel": 2}, "overlap_p2p"),
-        ({"tensor_parallel": 2}, "data parallel only"),
-        ({"dtype": "float16"}, "float16"),
-        ({"threads": 0}, "at least 1"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "sentence"), [({"dtype": "float16"}, "float16"), ({"threads": 0}, "at least 1")])
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BackendError, match=sentence):
         BackendSettings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "sentence"),
+    [
+        (3, {"tensor": 2}, "3 trainer processes .* make processes a multiple of 2"),
+        (4, {"pipeline": 2, "expert": 4}, "the 2 ranks of a pipeline stage can't be split into expert 4"),
+        (2, {"sequence_parallel": True}, "sequence_parallel needs tensor"),
+        (2, {"virtual_pipeline": 2}, "virtual_pipeline needs pipeline"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_world_is_refused(world: int, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BackendError, match=sentence):
+        ParallelSettings(**changes).validate_world(world)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        ("llama", {"tensor": 4}, "num_query_groups 2 is not a multiple of trainer.parallel.tensor 4"),
+        ("llama", {"pipeline": 2}, "num_layers 3 is not a multiple"),
+        ("llama", {"expert": 2}, "no experts"),
+        ("qwen3_moe", {"expert": 3}, "num_moe_experts 8 is not a multiple of trainer.parallel.expert 3"),
+        ("qwen3_moe", {"tensor": 2}, "need trainer.parallel.sequence_parallel"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(
+    tmp_path: Path, kind: str, changes: dict[str, Any], sentence: str
+) -> None:
+    configuration = read_configuration(model_folder(tmp_path, kind))
+    with pytest.raises(BackendError, match=sentence):
+        ParallelSettings(**changes).validate_model(family_of(configuration).arguments(configuration))
+
+
+def test_interleaved_stages_without_overlapped_transfers_are_refused(tmp_path: Path) -> None:
+    backend(model_folder(tmp_path))
+    from postroad_trainer.backend.construction import check_interleaving
+
+    config = SimpleNamespace(virtual_pipeline_model_parallel_size=2, overlap_p2p_comm=False, batch_p2p_comm=True)
+    with pytest.raises(BackendError, match="overlap_p2p_comm"):
+        check_interleaving(config)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postroad_trainer.backend.layout import Tree, build_trees, plan
+from postroad_trainer.backend.layout import Limits, Tree, build_trees, plan
 from postroad_trainer.backend.log_probabilities import TokenLogProbabilities
-from postroad_trainer.backend.visibility import Layout
+from postroad_trainer.backend.visibility import Layout, Stripe
 from postroad_trainer.batch import TrainRow
 
 BUDGET = 40
@@ -52,27 +52,47 @@ def test_a_prediction_sees_its_row_and_nothing_else(rows: list[TrainRow], tree_t
     assert sorted(predicted) == wanted
 
 
-@given(batches(), st.integers(1, 4))
-def test_the_ranks_share_the_work_and_keep_in_step(rows: list[TrainRow], ranks: int) -> None:
+@given(batches(), st.integers(1, 4), st.sampled_from([1, 2, 4]))
+def test_the_ranks_share_the_work_and_keep_in_step(rows: list[TrainRow], ranks: int, positions: int) -> None:
     plans = [
-        plan(
-            list(enumerate(rows)), tree_tokens=12, micro_batch_tokens=BUDGET, share_prompts=True, ranks=ranks, rank=rank
-        )
+        plan(list(enumerate(rows)), Limits(12, BUDGET, positions=positions, micro_batches=2), rank, ranks)
         for rank in range(ranks)
     ]
-    assert len({len(one.micro_batches) for one in plans}) == 1
+    assert len({len(one.micro_batches) for one in plans}) == 1 and len(plans[0].micro_batches) % 2 == 0
+    assert all(sum(map(len, batch)) % positions == 0 for one in plans for batch in one.micro_batches)
     trees = [tree for one in plans for batch in one.micro_batches for tree in batch]
     assert sum(len(tree.target) for tree in trees) == sum(int(row.loss_mask.sum()) for row in rows)
     assert sum(len(tree) for tree in trees if len(tree.target)) == plans[0].computed_tokens
     assert all(sum(map(len, batch)) <= BUDGET for one in plans for batch in one.micro_batches)
 
 
-@given(batches())
-def test_padding_and_slots_undo_each_other(rows: list[TrainRow]) -> None:
+@given(batches(), st.integers(1, 3))
+def test_stripes_see_together_what_the_whole_sees(rows: list[TrainRow], size: int) -> None:
     trees, _ = build_trees(list(enumerate(rows)), 30)
-    layout = Layout.of(trees, torch.device("cpu"))
-    assert torch.equal(layout.padded[layout.slots], torch.arange(len(layout.positions)))
-    assert layout.visible.any(-1).all()
+    whole = Layout.of(trees, torch.device("cpu"))
+    total = len(whole.positions)
+    gathered = torch.cat([torch.arange(total)[rank::size] for rank in range(size)])
+    seen = _pairs(whole, torch.arange(total), torch.arange(total))
+    for rank in range(size):
+        stripe = Stripe(rank, size)
+        layout = Layout.of(trees, torch.device("cpu"), stripe)
+        mine = stripe.of(torch.arange(total))
+        for side, count in ((layout.queries, len(mine)), (layout.keys, total)):
+            assert torch.equal(side.padded[side.slots], torch.arange(count))
+        assert layout.visible.any(-1).all()
+        assert torch.equal(layout.positions, stripe.of(whole.positions))
+        assert torch.equal(_pairs(layout, mine, gathered)[mine], seen[mine])
+
+
+def _pairs(layout: Layout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """[T, T]: which position sees which."""
+    seen = torch.zeros(len(keys), len(keys), dtype=torch.bool)
+    trees, _, length, width = layout.visible.shape
+    for slot, query in zip(layout.queries.slots.tolist(), queries.tolist(), strict=True):
+        row = torch.zeros(trees * width, dtype=torch.bool)
+        row[slot // length * width : (slot // length + 1) * width] = layout.visible[slot // length, 0, slot % length]
+        seen[query, keys] = row[layout.keys.slots]
+    return seen
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

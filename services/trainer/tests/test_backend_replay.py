@@ -59,7 +59,14 @@ def _forced(folder: Path, rows: list[TrainRow], monkeypatch: pytest.MonkeyPatch)
     return gradients
 
 
-CUTS = [{}, {"recompute": True}, {"recompute": True, "micro_batch_tokens": 40}, {"share_prompts": False}]
+FULL = {"recompute": "full"}
+CUTS = [
+    {},
+    {"parallel": FULL},
+    {"parallel": FULL, "micro_batch_tokens": 40},
+    {"parallel": {"recompute": "selective"}},
+    {"share_prompts": False},
+]
 
 
 @pytest.mark.parametrize("changes", CUTS)
@@ -95,7 +102,7 @@ def _own_choice(ours: Any, row: TrainRow) -> np.ndarray:
     def keep(module: Any, inputs: Any, outputs: Any) -> None:
         chosen.append(outputs[1].nonzero()[:, 1].reshape(-1, TOPK).numpy())
 
-    handles = [layer.mlp.router.register_forward_hook(keep) for layer in ours._model.decoder.layers]
+    handles = [layer.mlp.router.register_forward_hook(keep) for layer in ours._chunks[0].decoder.layers]
     padded = np.append(row.tokens, row.tokens[-1])  # the last token is no input: one more makes the last kept one
     mask = np.zeros(len(padded), np.uint8)
     mask[-1] = 1
@@ -117,10 +124,10 @@ def test_a_prompt_recorded_otherwise_is_counted_and_not_shared(tmp_path: Path, m
 
 
 def test_replay_leaves_nothing_behind(tmp_path: Path) -> None:
-    ours = backend(model_folder(tmp_path, "qwen3_moe"), recompute=True)
+    ours = backend(model_folder(tmp_path, "qwen3_moe"), FULL)
     before = ours.logprobs(make_rows())
     ours.train_step(_rows(), FROZEN_STEP)
-    assert all(not replay.replay_backward_list for replay in ours._replays._replays)
+    assert all(not replay.replay_backward_list for replay in ours._replays[0].rows.values())
     assert all(np.array_equal(a, b) for a, b in zip(before, ours.logprobs(make_rows()), strict=True))
 
 

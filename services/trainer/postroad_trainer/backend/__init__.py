@@ -3,19 +3,23 @@
 settings         what a backend is built from
 cpu_shim         megatron-core on a machine without CUDA
 parallel         process groups
+construction     model chunks, DDP wrappers and optimizer
 spec             norm and attention without Transformer Engine
 layout           rows to trees with shared prompts to micro-batches (numpy only)
-visibility       who sees whom in a micro-batch, as tensors
+visibility       who sees whom in a micro-batch, as tensors; stripes of context ranks
 replay           the experts recorded at inference, replayed in forward and recompute
+runner           micro-batches through megatron's schedules
+head             log-probabilities from hidden states on tensor and context ranks
 log_probabilities  log-softmax at the predicted tokens, with its own backward
-construction     model, DDP wrapper and optimizer
 objective        loss and agreement metrics of a micro-batch
+gather           whole tensors from the ranks that hold their pieces
+state            parameters, masters and moments by Hugging Face name
 checkpoint       exact save and load
 megatron         MegatronBackend, which ties them together
 """
 
 from postroad_trainer.backend.cpu_shim import enter_thread
 from postroad_trainer.backend.megatron import MegatronBackend
-from postroad_trainer.backend.settings import BackendError, BackendSettings
+from postroad_trainer.backend.settings import BackendError, BackendSettings, ParallelSettings
 
-__all__ = ["BackendError", "BackendSettings", "MegatronBackend", "enter_thread"]
+__all__ = ["BackendError", "BackendSettings", "MegatronBackend", "ParallelSettings", "enter_thread"]

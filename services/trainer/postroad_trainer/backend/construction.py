@@ -7,39 +7,64 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from postroad_trainer.backend.settings import BackendSettings
+from postroad_trainer.backend.settings import BackendError, BackendSettings
 from postroad_trainer.backend.spec import LayoutRotary, LayoutTable, block_spec
 from postroad_trainer.models import Family, ModelConfiguration, family_of, read_configuration
-from postroad_trainer.models.weights import load_weights
+from postroad_trainer.models.family import Mapping
+from postroad_trainer.models.weights import entries_of, load_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass
 class BuiltModel:
-    """model: the GPTModel with its weights. table: where its attention looks for the layout of a micro-batch."""
+    """chunks: this rank's GPTModels with their weights, one per virtual pipeline stage. mapping: their place in the
+    whole model. table: where attention looks for the layout of a micro-batch."""
 
     configuration: ModelConfiguration
     family: Family
-    model: Any
+    config: Any
+    chunks: list[Any]
+    mapping: Mapping
     table: LayoutTable
+
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    # attention keeps no scores here: what costs memory are the feed-forward blocks
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def transformer_config(settings: BackendSettings, configuration: ModelConfiguration, family: Family) -> Any:
     """megatron's TransformerConfig: the family's arguments, our sizes, and every fusion that needs CUDA off."""
-    dtype = DTYPES[settings.dtype]
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
-        **family.arguments(configuration),
-        tensor_model_parallel_size=settings.tensor_parallel,
-        pipeline_model_parallel_size=settings.pipeline_parallel,
-        context_parallel_size=settings.context_parallel,
-        expert_model_parallel_size=settings.expert_parallel,
+    dtype, parallel = DTYPES[settings.dtype], settings.parallel
+    arguments = {"moe_token_dispatcher_type": "alltoall", **family.arguments(configuration)}
+    parallel.validate_model(arguments)
+    recompute = dict(RECOMPUTE[parallel.recompute])
+    if parallel.recompute == "selective":
+        recompute["recompute_modules"] = ["mlp", "moe"] if arguments.get("num_moe_experts") else ["mlp"]
+    interleaved = parallel.virtual_pipeline > 1
+    config = TransformerConfig(
+        **arguments,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pipeline > 1,  # micro-batches differ in length
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deterministic_mode=parallel.deterministic,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -53,8 +78,18 @@ def transformer_config(settings: BackendSettings, configuration: ModelConfigurat
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
-        **(recompute if settings.recompute else {}),
+        **recompute,
     )
+    check_interleaving(config)
+    return config
+
+
+def check_interleaving(config: Any) -> None:
+    """Raises BackendError for two interleaved stages without overlapped p2p: megatron then mixes up the stages'
+    tensors, silently (logits off by 4.7 with 4 micro-batches of a tiny model, right with 2)."""
+    interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
+    if interleaved and not (config.overlap_p2p_comm and not config.batch_p2p_comm):
+        raise BackendError("virtual pipeline stages need overlap_p2p_comm without batch_p2p_comm")
 
 
 def build_model(settings: BackendSettings) -> BuiltModel:
@@ -63,32 +98,60 @@ def build_model(settings: BackendSettings) -> BuiltModel:
     family = family_of(configuration)
     config = transformer_config(settings, configuration, family)
     table = LayoutTable()
+    virtual = settings.parallel.virtual_pipeline
+    numbers = range(virtual) if virtual > 1 else [None]
+    chunks = [_chunk(config, configuration, table, number) for number in numbers]
+    tensor, expert = (
+        state.get_tensor_model_parallel_rank(),
+        state.get_expert_tensor_parallel_rank(),
+    )
+    mapping = Mapping(
+        config.num_query_groups,
+        config.kv_channels,
+        (tensor, settings.parallel.tensor),
+        (expert, settings.parallel.expert_tensor),
+    )
+    load_weights(chunks, family, mapping, settings.model_path)
+    if settings.freeze_embedding:
+        for entry in entries_of(chunks, family):
+            if "model.embed_tokens.weight" in entry.names:
+                entry.parameter.requires_grad_(False)
+    return BuiltModel(configuration, family, config, chunks, mapping, table)
+
+
+def _chunk(config: Any, configuration: ModelConfiguration, table: LayoutTable, number: int | None) -> Any:
+    vocabulary = configuration.integer("vocab_size")
     model = GPTModel(
         config,
-        block_spec(config, table),
-        vocab_size=configuration.integer("vocab_size"),
+        block_spec(config, table, number),
+        vocab_size=vocabulary + -vocabulary % config.tensor_model_parallel_size,
         max_sequence_length=configuration.integer("max_position_embeddings"),
+        pre_process=state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+        post_process=state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
         parallel_output=True,
         share_embeddings_and_output_weights=configuration.tied,
         position_embedding_type="rope",
         rotary_base=configuration.rope_theta,
+        vp_stage=number,
     )
+    model.vocabulary = vocabulary
     model.rotary_pos_emb = LayoutRotary(table, model.rotary_pos_emb.inv_freq)
-    model.to(torch.cuda.current_device())  # megatron makes routers on the host
-    load_weights(model, family, settings.model_path)
-    if settings.freeze_embedding:
-        model.embedding.word_embeddings.weight.requires_grad_(False)
-    return BuiltModel(configuration, family, model, table)
+    return model.to(torch.cuda.current_device())  # megatron makes routers on the host
 
 
-def wrap_model(model: Any) -> Any:
+def wrap_chunks(settings: BackendSettings, chunks: list[Any]) -> list[Any]:
     """megatron's DDP: float32 gradients in one buffer, reduced once at the end of the step."""
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=settings.parallel.distributed_optimizer,
     )
-    wrapped = DistributedDataParallel(model.config, config, model)
+    wrapped = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
     # The loss is normalised over the whole batch beforehand: gradients are summed and not divided again.
-    model.config.finalize_model_grads_func = functools.partial(_finalize, finalize_model_grads)
+    chunks[0].config.finalize_model_grads_func = functools.partial(_finalize, finalize_model_grads)
     return wrapped
 
 
@@ -96,7 +159,7 @@ def _finalize(finalize: Any, chunks: list[Any], _tokens: torch.Tensor | None, **
     finalize(chunks, None, **arguments)
 
 
-def build_optimizer(settings: BackendSettings, wrapped: Any) -> Any:
+def build_optimizer(settings: BackendSettings, wrapped: list[Any]) -> Any:
     """AdamW with float32 masters (bfloat16 models) through megatron; torch's fused kernel where torch does the work."""
     dtype = DTYPES[settings.dtype]
     optimizer = get_megatron_optimizer(
@@ -108,11 +171,12 @@ def build_optimizer(settings: BackendSettings, wrapped: Any) -> Any:
             adam_eps=settings.adam_eps,
             weight_decay=settings.weight_decay,
             clip_grad=1.0,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=settings.parallel.distributed_optimizer,
             params_dtype=dtype,
             bf16=dtype is torch.bfloat16,
         ),
-        [wrapped],
+        wrapped,
+        use_gloo_process_groups=False,
     )
     for inner in torch_optimizers(optimizer):
         for group in inner.param_groups:

@@ -40,6 +40,18 @@ class Tree:
         return len(self.tokens)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How a batch is cut. Every micro-batch has a multiple of `positions` positions (they are split over tensor and
+    context ranks), and their number is a multiple of `micro_batches` (interleaved pipelines need it)."""
+
+    tree_tokens: int
+    micro_batch_tokens: int
+    share_prompts: bool = True
+    positions: int = 1
+    micro_batches: int = 1
+
+
 @dataclass
 class Plan:
     """The micro-batches of one rank, and what the plan says about the whole batch."""
@@ -72,23 +84,18 @@ class _Span:
         return b"" if routed is None else routed[: self.first].tobytes()
 
 
-def plan(
-    rows: Sequence[tuple[int, TrainRow]],
-    *,
-    tree_tokens: int,
-    micro_batch_tokens: int,
-    share_prompts: bool,
-    ranks: int,
-    rank: int,
-) -> Plan:
-    """This rank's micro-batches of the (index in batch, row) pairs. Every rank gets equally many micro-batches."""
-    trees, not_shared = build_trees(rows, tree_tokens if share_prompts else 0)
-    shares = _split(trees, ranks)
-    packed = [_pack(share, micro_batch_tokens) for share in shares]
+def plan(rows: Sequence[tuple[int, TrainRow]], limits: Limits, replica: int = 0, replicas: int = 1) -> Plan:
+    """The micro-batches of one data-parallel replica. Every replica gets equally many micro-batches."""
+    trees, not_shared = build_trees(rows, limits.tree_tokens if limits.share_prompts else 0)
+    budget = limits.micro_batch_tokens - limits.micro_batch_tokens % limits.positions
+    packed = [_pack(share, budget) for share in _split(trees, replicas)]
     count = max(len(batches) for batches in packed)
-    mine = packed[rank]
-    filler = _filler(trees[0])
-    mine += [[filler] for _ in range(count - len(mine))]
+    count += -count % limits.micro_batches
+    mine = packed[replica]
+    mine += [[_filler(trees[:1], 1)] for _ in range(count - len(mine))]
+    for batch in mine:
+        if missing := -sum(map(len, batch)) % limits.positions:
+            batch.append(_filler(batch, missing))
     return Plan(mine, sum(map(len, trees)), not_shared)
 
 
@@ -145,10 +152,15 @@ def _tree(spans: list[_Span]) -> Tree:
     return Tree(*whole, experts=None if experts is None else np.concatenate(experts))
 
 
-def _filler(like: Tree) -> Tree:
-    """One position that predicts nothing: keeps a rank with less work in step with the others."""
-    one, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
-    return Tree(one, one, one, none, none, none, none, None if like.experts is None else like.experts[:1])
+def _filler(like: list[Tree], length: int) -> Tree:
+    """Positions that predict nothing: they keep ranks in step and make lengths divide. Their experts are those of
+    real positions, which are distinct and spread over the experts."""
+    zeros, none = np.zeros(length, np.int64), np.zeros(0, np.int64)
+    experts = None
+    if like[0].experts is not None:
+        experts = np.concatenate([tree.experts for tree in like])  # type: ignore[misc]
+        experts = experts[np.arange(length) % len(experts)]
+    return Tree(zeros, np.arange(length), zeros, none, none, none, none, experts)
 
 
 def _split(trees: list[Tree], ranks: int) -> list[list[Tree]]:

@@ -6,8 +6,8 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +16,66 @@ import torch
 
 from postroad_trainer.backend import checkpoint
 from postroad_trainer.backend.cpu_shim import cpu_mode, import_megatron
-from postroad_trainer.backend.layout import Plan, plan
-from postroad_trainer.backend.log_probabilities import TokenLogProbabilities
-from postroad_trainer.backend.objective import SUMS, MicroBatch, by_row, objective, rows_to_run, scatter, scores_of_run, weigh
+from postroad_trainer.backend.layout import Limits, Plan, plan
+from postroad_trainer.backend.objective import (
+    SUMS,
+    MicroBatch,
+    Objective,
+    by_row,
+    objective,
+    rows_to_run,
+    scatter,
+    scores_of_run,
+    weigh,
+)
+from postroad_trainer.backend.parallel import Ranks, initialise
 from postroad_trainer.backend.reference import Reference
-from postroad_trainer.backend.parallel import DataParallel, initialise
 from postroad_trainer.backend.settings import BackendError, BackendSettings
+from postroad_trainer.backend.visibility import Stripe
 from postroad_trainer.batch import StepResult, StepSettings, TrainRow
-from postroad_trainer.models.weights import digest_of, exported
+from postroad_trainer.models.weights import digest_of, entries_of
 
 
 class MegatronBackend:
-    """A model and its optimizer on megatron-core, data parallel over the ranks that torchrun started.
+    """A model and its optimizer on megatron-core, in any layout of ranks (settings.ParallelSettings).
 
     May be built and called in any thread, by one thread at a time. Raises ModelError for a model folder that can't
     be used, BackendError for anything else about itself, RowError for rows that can't be trained.
     """
 
-    def __init__(self, settings: BackendSettings, keep_reference: bool = False) -> None:
+    def __init__(
+        self,
+        settings: BackendSettings,
+        keep_reference: bool = False,
+        model_provider: Callable[[list[Any], BackendSettings], None] | None = None,
+    ) -> None:
         import_megatron()
         from postroad_trainer.backend import construction
+        from postroad_trainer.backend.gather import Gatherer
         from postroad_trainer.backend.replay import ExpertReplays
+        from postroad_trainer.backend.runner import Runner
+        from postroad_trainer.backend.state import State
 
         self._settings = settings
         with self._running():
             initialise(settings)
-            self._ranks = DataParallel()
-            self._built = construction.build_model(settings)
-            self._model = self._built.model
-            self._replays = ExpertReplays(self._model)
-            self._wrapped = construction.wrap_model(self._model)
+            self._ranks = Ranks()
+            self._stripe = Stripe(self._ranks.context.rank(), self._ranks.context.size())
+            self._built = built = construction.build_model(settings)
+            self._chunks, self._config = built.chunks, built.config
+            if model_provider is not None:
+                model_provider(built.chunks, settings)
+            parameters = [parameter for chunk in built.chunks for parameter in chunk.parameters()]
+            self._reference = Reference(parameters) if keep_reference else None
+            self._replays = [ExpertReplays(chunk) for chunk in built.chunks]
+            self._wrapped = construction.wrap_chunks(settings, built.chunks)
+            self._runner = Runner(built, self._wrapped, self._replays, self._stripe)
             self._optimizer = construction.build_optimizer(settings, self._wrapped)
             self._inner_optimizers = construction.torch_optimizers(self._optimizer)
-        self._reference = Reference(self._model.parameters()) if keep_reference else None
-        self._device = next(self._model.parameters()).device
-        self._state = checkpoint.State(self._model, self._inner_optimizers)
+            entries = list(entries_of(built.chunks, built.family))
+            self._gatherer = Gatherer(entries, built.mapping, self._ranks)
+            self._state = State(entries, built.mapping, self._optimizer, self._ranks)
+        self._device = entries[0].parameter.device
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -81,10 +106,11 @@ class MegatronBackend:
             )
         with self._running():
             planned = self._plan(active)
-            batches = [MicroBatch.of(trees, self._device) for trees in planned.micro_batches]
+            batches = [MicroBatch.of(trees, self._device, self._stripe) for trees in planned.micro_batches]
             weigh(batches, rows, settings)
             ready = time.perf_counter()
-            self._wrapped.zero_grad_buffer()
+            for chunk in self._wrapped:
+                chunk.zero_grad_buffer()
             outcomes = self._run(batches, settings)
             measured = self._measure(outcomes, rows, active, batches)
             ran = time.perf_counter()
@@ -127,82 +153,61 @@ class MegatronBackend:
         weights = self._reference.active() if reference and self._reference else contextlib.nullcontext()
         with self._running(), torch.no_grad(), weights:
             planned = self._plan(trained)
-            batches = [MicroBatch.of(trees, self._device) for trees in planned.micro_batches]
+            batches = [MicroBatch.of(trees, self._device, self._stripe) for trees in planned.micro_batches]
             scores = [score[None] for score in self._run(batches, settings, forward_only=True)]
-            self._replays.take_counts()
-            whole = self._ranks.reduce(scatter(rows, batches, scores))
+            self._take_counts()
+            whole = self._ranks.over_batch(scatter(rows, batches, scores))
         return [score[0].copy() for score in by_row(rows, whole)]
 
     def _validate(self, rows: Sequence[TrainRow]) -> None:
         if not rows:
             raise BackendError("a step needs at least one row")
-        vocabulary = self._model.vocab_size
-        longest = min(self._settings.micro_batch_tokens, self._model.max_sequence_length)
-        config = self._model.config
+        model, config = self._chunks[0], self._config
+        longest = min(self._settings.micro_batch_tokens, model.max_sequence_length)
+        moe_layers = sum(config.moe_layer_freq) if config.num_moe_experts else 0
         for row in rows:
-            row.validate(vocabulary, longest)
-            row.validate_routing(self._replays.layers, config.moe_router_topk, config.num_moe_experts or 0)
+            row.validate(model.vocabulary, longest)
+            row.validate_routing(moe_layers, config.moe_router_topk, config.num_moe_experts or 0)
         recorded = sum(row.routed_experts is not None for row in rows)
         if recorded not in (0, len(rows)):
             raise BackendError(f"{recorded} of {len(rows)} rows carry routed experts; a step replays all rows or none")
 
     def _plan(self, rows: list[tuple[int, TrainRow]]) -> Plan:
-        settings = self._settings
-        return plan(
-            rows,
-            tree_tokens=settings.tree_tokens,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            share_prompts=settings.share_prompts,
-            ranks=self._ranks.size,
-            rank=self._ranks.rank,
+        settings, parallel = self._settings, self._settings.parallel
+        limits = Limits(
+            settings.tree_tokens,
+            settings.micro_batch_tokens,
+            settings.share_prompts,
+            positions=parallel.context * (parallel.tensor if parallel.sequence_parallel else 1),
+            micro_batches=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
+        return plan(rows, limits, self._ranks.data.rank(), self._ranks.data.size())
 
     def _run(self, batches: list[MicroBatch], settings: StepSettings, forward_only: bool = False) -> list[Any]:
-        """megatron's schedule over the micro-batches: Objective of each, or log-probabilities [p] if forward_only."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
+        """Objective of each micro-batch, or log-probabilities [p] if forward_only; zeros where another pipeline stage
+        has them."""
 
-        def head(
-            hidden_states: torch.Tensor,
-            output_layer: Any,
-            output_weight: torch.Tensor | None,
-            context: MicroBatch,
-            **_: Any,
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            # only the positions that predict a trained token go through the vocabulary
-            logits, _bias = output_layer(hidden_states[context.sources], weight=output_weight)
-            return TokenLogProbabilities.apply(logits[:, 0], context.which, context.targets, settings.temperature)
+        def outcome(
+            batch: MicroBatch, current: torch.Tensor, entropy: torch.Tensor
+        ) -> tuple[torch.Tensor, Objective | torch.Tensor]:
+            if forward_only:
+                return current.sum(), current
+            result = objective(batch, current, entropy, settings)
+            return result.loss, result
 
-        def forward(iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
-            batch = next(iterator)
-            number = self._built.table.add(batch.layout)
-            self._replays.feed(batch.experts)
-            output = model(batch.tokens, None, number, output_processor=head, output_processor_context=batch)
+        results = self._runner.run(batches, settings.temperature, outcome, forward_only)
+        if results:
+            return results
+        nothing = [torch.zeros(2, len(batch.row), device=self._device) for batch in batches]
+        if forward_only:
+            return [zeros[0] for zeros in nothing]
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self._device)
+        return [Objective(sums[0], sums, zeros) for zeros in nothing]
 
-            def loss(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-                current, entropy = output
-                count = torch.tensor(len(current), dtype=torch.int)
-                if forward_only:
-                    return current.sum(), count, current
-                outcome = objective(batch, current, entropy, settings)
-                return outcome.loss, count, outcome
-
-            return output, loss
-
-        try:
-            return list(
-                get_forward_backward_func()(
-                    forward_step_func=forward,
-                    data_iterator=iter(batches),
-                    model=self._wrapped,
-                    num_microbatches=len(batches),
-                    seq_length=1,
-                    micro_batch_size=1,
-                    forward_only=forward_only,
-                )
-            )
-        finally:
-            self._built.table.clear()
-            self._replays.feed(None)
+    def _take_counts(self) -> list[float]:
+        """(token-layers where the own experts differ, token-layers compared) of all ranks since the last call."""
+        counts = sum(replays.take_counts().to(self._device) for replays in self._replays)
+        return self._ranks.over_world(counts).tolist()
 
     def _measure(
         self,
@@ -212,11 +217,10 @@ class MegatronBackend:
         batches: list[MicroBatch],
     ) -> dict[str, Any]:
         """Loss, sums and scores over all ranks."""
-        c = torch.tensor(self._replays.take_counts(), dtype=torch.float64, device=self._device)
-        differing, compared = self._ranks.reduce(c).tolist()
-        sums = self._ranks.reduce(sum(outcome.sums for outcome in outcomes)).tolist()
+        differing, compared = self._take_counts()
+        sums = self._ranks.over_batch(sum(outcome.sums for outcome in outcomes)).tolist()
         total = dict(zip(SUMS, sums, strict=True))
-        flat = self._ranks.reduce(scatter(rows, batches, [outcome.scores for outcome in outcomes]))
+        flat = self._ranks.over_batch(scatter(rows, batches, [outcome.scores for outcome in outcomes]))
         return {
             "loss": total["loss"],
             "experts_differ_fraction": differing / compared if compared else None,
@@ -239,7 +243,7 @@ class MegatronBackend:
             optimizer.step_with_ready_grads()
         # step() leaves p.grad aliasing main_grad; the next backward would count it twice, silently.
         optimizer.zero_grad()
-        if any(parameter.grad is not None for parameter in self._model.parameters()):
+        if any(parameter.grad is not None for chunk in self._chunks for parameter in chunk.parameters()):
             raise BackendError("a gradient is left after the step; the next one would count it twice")
         return grad_norm, finite
 
@@ -272,12 +276,16 @@ class MegatronBackend:
     # -- weights and state -----------------------------------------------------------------------------------------
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor) one at a time. A tensor may be the live parameter: copy it before the next step."""
-        return exported(self._model, self._built.family.entries(self._model))
+        """(Hugging Face name, tensor) one at a time on rank 0; the other ranks get nothing but must iterate too.
+
+        A tensor may be the live parameter: copy it before the next step.
+        """
+        return self._gatherer.tensors()
 
     def digest(self) -> str:
-        """xxh3_128 over the exported weights, in the order of their names (models.weights.digest_of)."""
-        return digest_of(self.export_weights())
+        """xxh3_128 over the exported weights, in the order of their names (models.weights.digest_of), on all ranks."""
+        digest = digest_of(self.export_weights())
+        return self._ranks.tell_all(digest.encode())[0].decode()
 
     def save(self, folder: Path) -> None:
         """Writes an exact checkpoint to a folder that does not exist yet."""
@@ -290,4 +298,11 @@ class MegatronBackend:
             checkpoint.load(folder, self._state, self._identity(), self._ranks)
 
     def _identity(self) -> checkpoint.Identity:
-        return self._state.identity(self._built.family.architecture, self._settings.dtype, self._ranks.size)
+        settings = self._settings
+        return checkpoint.Identity(
+            self._built.family.architecture,
+            settings.dtype,
+            self._gatherer.elements(),
+            self._gatherer.elements("model.embed_tokens.weight") if settings.freeze_embedding else 0,
+            {**asdict(settings.parallel), "world": self._ranks.world},
+        )

@@ -12,7 +12,7 @@ import torch
 from postroad.config.algorithm import AlgorithmSection
 from postroad_trainer.algorithms import LogProbabilities, Segments, policy_objective, weights_of_step
 from postroad_trainer.backend.layout import Tree
-from postroad_trainer.backend.visibility import Layout
+from postroad_trainer.backend.visibility import WHOLE, Layout, Stripe
 from postroad_trainer.batch import StepSettings, TrainRow
 
 SUMS = (
@@ -51,7 +51,7 @@ class MicroBatch:
     segments: Segments | None = None
 
     @staticmethod
-    def of(trees: list[Tree], device: torch.device) -> MicroBatch:
+    def of(trees: list[Tree], device: torch.device, stripe: Stripe = WHOLE) -> MicroBatch:
         offsets = np.cumsum([0, *map(len, trees[:-1])])
         source = np.concatenate([tree.source + offset for tree, offset in zip(trees, offsets, strict=True)])
         sources, which = np.unique(source, return_inverse=True)
@@ -63,7 +63,7 @@ class MicroBatch:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
 
         return MicroBatch(
-            layout=Layout.of(trees, device),
+            layout=Layout.of(trees, device, stripe),
             tokens=put(np.concatenate([tree.tokens for tree in trees]))[None],
             sources=put(sources),
             which=put(which),

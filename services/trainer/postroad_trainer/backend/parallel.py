@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed and megatron's parallel state, made once per process."""
+"""Process groups: torch.distributed and megatron's parallel state."""
 
 from __future__ import annotations
 
@@ -12,34 +12,49 @@ from postroad_trainer.backend.settings import BackendError, BackendSettings
 
 
 def initialise(settings: BackendSettings) -> None:
-    """Joins the world that torchrun's environment describes (world 1 without it) and makes megatron's groups.
+    """Joins the world of RANK and WORLD_SIZE (world 1 without them) and makes megatron's groups.
 
-    A process keeps its groups for life; asking for other sizes later raises BackendError.
+    A process has the groups of one layout at a time: `dissolve` comes before another.
     """
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
         _join(timedelta(seconds=settings.collective_timeout_s))
-    sizes = (settings.tensor_parallel, settings.pipeline_parallel, settings.context_parallel)
+    parallel = settings.parallel
+    parallel.validate_world(dist.get_world_size())
+    wanted = (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, parallel.expert_tensor)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            settings.tensor_parallel,
-            settings.pipeline_parallel,
-            context_parallel_size=settings.context_parallel,
-            expert_model_parallel_size=settings.expert_parallel,
-            expert_tensor_parallel_size=settings.tensor_parallel,
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=False,
         )
     built = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
     )
-    if built != sizes:
+    if built != wanted:
         raise BackendError(
-            f"this process already has groups of (tensor, pipeline, context) {built}; {sizes} was asked "
-            "for. Start a new process for another layout"
+            f"this process already has groups of (tensor, pipeline, context, expert, expert_tensor) {built}; "
+            f"{wanted} was asked for. Start a new process for another layout"
         )
     tensor_parallel.model_parallel_cuda_manual_seed(settings.seed)
+
+
+def dissolve() -> None:
+    """Leaves the world: a backend of another layout can then be built in this process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _join(timeout: timedelta) -> None:
@@ -52,22 +67,51 @@ def _join(timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-class DataParallel:
-    """This rank's place among the data-parallel replicas."""
+class Ranks:
+    """This rank's place in every group, and the reductions that the backend needs."""
 
     def __init__(self) -> None:
-        from megatron.core import parallel_state
+        from megatron.core import parallel_state as state
 
-        self.group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.size: int = self.group.size()
-        self.rank: int = self.group.rank()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.tensor = state.get_tensor_model_parallel_group()
+        self.context = state.get_context_parallel_group()
+        self.pipeline = state.get_pipeline_model_parallel_group()
+        self.data = state.get_data_parallel_group()
+        self.replicas = state.get_data_parallel_group(with_context_parallel=True)
+        self.expert_tensor = state.get_expert_tensor_parallel_group()
+        self.expert_replicas = state.get_expert_data_parallel_group()
 
-    def reduce(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-        """values, combined over the replicas, in place."""
-        if self.size > 1:
-            dist.all_reduce(values, operation, group=self.group)
+    def over_batch(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """values of the last pipeline stage, 0 on the others, combined over the data ranks and told to every stage."""
+        for group in (self.data, self.pipeline):
+            if group.size() > 1:
+                dist.all_reduce(values, operation, group=group)
         return values
 
+    def over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """values summed over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def most(self, value: int) -> int:
+        """The largest value of any rank."""
+        return max(int(told) for told in self.tell_all(str(int(value)).encode()))
+
+    def tell_all(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, on every rank."""
+        if self.world == 1:
+            return [data]
+        device = torch.cuda.current_device()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+        longest = int(max(sizes))
+        padded = torch.frombuffer(bytearray(data.ljust(longest, b" ")), dtype=torch.uint8).to(device)
+        buffers = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(buffers, padded)
+        return [buffer[: int(size)].cpu().numpy().tobytes() for buffer, size in zip(buffers, sizes, strict=True)]
+
     def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier(group=self.group)
+        if self.world > 1:
+            dist.barrier()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.transformer.module import MegatronModule
 
 from postroad_trainer.backend.visibility import LayoutTable
@@ -74,8 +75,28 @@ class _Ungather(torch.autograd.Function):
         return full.index_copy_(0, ctx.saved_tensors[0], gradients[0]), None
 
 
+class _GatherStripes(torch.autograd.Function):
+    """[T / size, ...] of every context rank, one behind the other; backward sums the ranks' gradients of the own part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        whole = gradients[0].contiguous()
+        torch.distributed.all_reduce(whole, group=ctx.group)
+        return whole.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
 class TreeAttention(MegatronModule):
-    """Core attention over a Layout: query, key, value [T, 1, heads, head_dim] -> [T, 1, heads * head_dim]."""
+    """Core attention over a Layout: query, key, value [t, 1, heads, head_dim] -> [t, 1, heads * head_dim].
+
+    With context parallelism a rank has the queries of its stripe and gathers the keys and values of all.
+    """
 
     def __init__(
         self,
@@ -93,17 +114,21 @@ class TreeAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         layout = self._table.get(attention_mask)
-        trees = layout.visible.shape[0]
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if self.config.context_parallel_size > 1:
+            group = get_context_parallel_group()
+            key, value = _GatherStripes.apply(key, group), _GatherStripes.apply(value, group)
+        sides = ((query, layout.queries), (key, layout.keys), (value, layout.keys))
         q, k, v = (
-            _Gather.apply(x[:, 0], layout.padded, layout.slots).unflatten(0, (trees, -1)).transpose(1, 2)
-            for x in (query, key, value)
+            _Gather.apply(x, side.padded, side.slots).unflatten(0, (len(layout.visible), -1)).transpose(1, 2)
+            for x, side in sides
         )  # [n, heads, P, head_dim]
         if q.is_cuda:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.visible, scale=self._scale, enable_gqa=True)
         else:
             out = _grouped_attention(q, k, v, layout.visible, self._scale)
         out = out.transpose(1, 2).flatten(0, 1).flatten(1)
-        return _Ungather.apply(out, layout.slots)[:, None]
+        return _Ungather.apply(out, layout.queries.slots)[:, None]
 
 
 def _grouped_attention(
@@ -117,19 +142,19 @@ def _grouped_attention(
     trees, heads, length, _ = query.shape
     groups = key.shape[1]
     folded = query.reshape(trees, groups, -1, query.shape[-1]) * scale
-    scores = (folded @ key.transpose(-1, -2)).view(trees, heads, length, length)
+    scores = (folded @ key.transpose(-1, -2)).view(trees, heads, length, -1)
     scores = scores.masked_fill(~visible, float("-inf"))
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
-    return (weights.view(trees, groups, -1, length) @ value).view(trees, heads, length, -1)
+    return (weights.view(trees, groups, -1, key.shape[2]) @ value).view(trees, heads, length, -1)
 
 
-def block_spec(config: Any, table: LayoutTable) -> Any:
+def block_spec(config: Any, table: LayoutTable, chunk: int | None) -> Any:
     """megatron's local spec (dense, MoE or mixed layers) with the modules above."""
 
     def attention(*_: Any, **arguments: Any) -> TreeAttention:
         return TreeAttention(table, **arguments)
 
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
         parts = layer.submodules.self_attention.submodules

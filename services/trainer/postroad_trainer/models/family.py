@@ -15,11 +15,18 @@ Kind = Literal["plain", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One megatron parameter and the Hugging Face tensors that it holds."""
+    """One megatron parameter and the Hugging Face tensors that it holds, or holds a part of.
+
+    expert: it is split by expert tensor parallelism. rows: its vocabulary, without what was added to make it divide.
+    copy: another pipeline stage has the same tensor; it is filled but not exported.
+    """
 
     parameter: torch.nn.Parameter
     kind: Kind
     names: tuple[str, ...]
+    expert: bool = False
+    rows: int | None = None
+    copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ def dense_arguments(configuration: ModelConfiguration) -> dict[str, Any]:
 
 def decoder_entries(model: Any, feed_forward: Callable[[Any, str], Iterator[Entry]]) -> Iterator[Entry]:
     """Every parameter of one GPTModel chunk, in Hugging Face's order of layers."""
+    rows = model.vocabulary
     if model.pre_process:
-        yield Entry(model.embedding.word_embeddings.weight, "plain", ("model.embed_tokens.weight",))
+        yield Entry(model.embedding.word_embeddings.weight, "plain", ("model.embed_tokens.weight",), rows=rows)
     for layer in model.decoder.layers:
         prefix = f"model.layers.{layer.layer_number - 1}."
         attention = layer.self_attention
@@ -74,32 +82,78 @@ def decoder_entries(model: Any, feed_forward: Callable[[Any, str], Iterator[Entr
     if model.post_process:
         yield Entry(model.decoder.final_layernorm.weight, "plain", ("model.norm.weight",))
         if not model.share_embeddings_and_output_weights:
-            yield Entry(model.output_layer.weight, "plain", ("lm_head.weight",))
+            yield Entry(model.output_layer.weight, "plain", ("lm_head.weight",), rows=rows)
+        elif not model.pre_process:
+            yield Entry(model.output_layer.weight, "plain", ("model.embed_tokens.weight",), rows=rows, copy=True)
 
 
-def dense_feed_forward(module: Any, prefix: str) -> Iterator[Entry]:
+def dense_feed_forward(module: Any, prefix: str, expert: bool = False) -> Iterator[Entry]:
     """A SwiGLU block: megatron keeps gate and up in one matrix."""
-    yield Entry(module.linear_fc1.weight, "gate_up", (prefix + "gate_proj.weight", prefix + "up_proj.weight"))
-    yield Entry(module.linear_fc2.weight, "plain", (prefix + "down_proj.weight",))
+    names = (prefix + "gate_proj.weight", prefix + "up_proj.weight")
+    yield Entry(module.linear_fc1.weight, "gate_up", names, expert)
+    yield Entry(module.linear_fc2.weight, "plain", (prefix + "down_proj.weight",), expert)
 
 
-def to_megatron(entry: Entry, tensors: list[torch.Tensor], query_groups: int, head_dim: int) -> torch.Tensor:
-    """The value of entry.parameter, from the tensors named by entry.names."""
-    if entry.kind == "gate_up":
-        return torch.cat(tensors)
-    if entry.kind == "qkv":
-        # megatron: query group by query group its queries, its key, its value
-        query, key, value = (tensor.reshape(query_groups, -1, head_dim, tensor.shape[-1]) for tensor in tensors)
-        return torch.cat([query, key, value], 1).reshape(-1, tensors[0].shape[-1])
-    return tensors[0]
+@dataclass(frozen=True)
+class Piece:
+    """[start, start + length) along `dim` of the Hugging Face tensor `name`, which is `full` long there."""
+
+    name: str
+    dim: int
+    start: int
+    length: int
+    full: int
 
 
-def from_megatron(entry: Entry, value: torch.Tensor, query_groups: int, head_dim: int) -> list[torch.Tensor]:
-    """The inverse of to_megatron, for a parameter or anything of its shape (a gradient); contiguous tensors."""
-    if entry.kind == "gate_up":
-        return list(value.chunk(2))
-    if entry.kind == "qkv":
-        grouped = value.reshape(query_groups, -1, head_dim, value.shape[-1])
-        parts = (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:])
-        return [part.reshape(-1, value.shape[-1]) for part in parts]
-    return [value]
+@dataclass(frozen=True)
+class Mapping:
+    """Between this rank's parameters and the pieces of Hugging Face tensors that they hold.
+
+    tensor, expert_tensor: (index, number) of this rank among those that share dense and expert parameters.
+    """
+
+    query_groups: int
+    head_dim: int
+    tensor: tuple[int, int] = (0, 1)
+    expert_tensor: tuple[int, int] = (0, 1)
+
+    def pieces(self, entry: Entry) -> list[Piece]:
+        """What the parts of `split` are pieces of, in their order."""
+        index, ranks = self.expert_tensor if entry.expert else self.tensor
+        parameter = entry.parameter
+        if not getattr(parameter, "tensor_model_parallel", False):
+            index, ranks = 0, 1
+        dim = getattr(parameter, "partition_dim", 0) if ranks > 1 else 0
+        found = []
+        for name, part in zip(entry.names, self._split(entry, parameter.detach()), strict=True):
+            held = part.shape[dim]
+            full = held * ranks if entry.rows is None else entry.rows
+            found.append(Piece(name, dim, index * held, max(0, min(held, full - index * held)), full))
+        return found
+
+    def split(self, entry: Entry, value: torch.Tensor) -> list[torch.Tensor]:
+        """A parameter, or anything of its shape (a gradient), as the pieces of its tensors; contiguous."""
+        parts = self._split(entry, value)
+        pieces = self.pieces(entry)
+        return [part.narrow(p.dim, 0, p.length).contiguous() for part, p in zip(parts, pieces, strict=True)]
+
+    def _split(self, entry: Entry, value: torch.Tensor) -> list[torch.Tensor]:
+        if entry.kind == "gate_up":
+            return list(value.chunk(2))
+        if entry.kind == "qkv":
+            # megatron: query group by query group its queries, its key, its value
+            grouped = value.reshape(self.query_groups // self.tensor[1], -1, self.head_dim, value.shape[-1])
+            parts = (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:])
+            return [part.reshape(-1, value.shape[-1]) for part in parts]
+        return [value]
+
+    def join(self, entry: Entry, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `split`; rows beyond the vocabulary are 0."""
+        if entry.kind == "gate_up":
+            return torch.cat(parts)
+        if entry.kind == "qkv":
+            groups = self.query_groups // self.tensor[1]
+            whole = torch.cat([part.reshape(groups, -1, self.head_dim, part.shape[-1]) for part in parts], 1)
+            return whole.reshape(-1, parts[0].shape[-1])
+        missing = len(entry.parameter) - len(parts[0]) if entry.rows is not None else 0
+        return torch.cat([parts[0], parts[0].new_zeros(missing, parts[0].shape[-1])]) if missing else parts[0]

@@ -25,7 +25,6 @@ def _arguments(configuration: ModelConfiguration) -> dict[str, Any]:
         "moe_router_pre_softmax": False,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
         "moe_enable_routing_replay": True,
     }
@@ -37,7 +36,7 @@ def _feed_forward(module: Any, prefix: str) -> Iterator[Entry]:
         return
     yield Entry(module.router.weight, "plain", (prefix + "gate.weight",))
     for expert, number in zip(module.experts.local_experts, module.local_expert_indices, strict=True):
-        yield from dense_feed_forward(expert, f"{prefix}experts.{number}.")
+        yield from dense_feed_forward(expert, f"{prefix}experts.{number}.", expert=True)
 
 
 def _entries(model: Any) -> Iterator[Entry]:

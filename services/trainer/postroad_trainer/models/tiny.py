@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,13 +28,13 @@ TEMPLATE = (
 UNKNOWN = "?"
 
 
-def write_tiny_model(folder: Path, kind: Kind, seed: int = 0) -> None:
-    """Writes config.json, model.safetensors and the tokenizer into folder, made if needed."""
+def write_tiny_model(folder: Path, kind: Kind, seed: int = 0, changes: Mapping[str, Any] | None = None) -> None:
+    """Writes config.json (with these changes), model.safetensors and the tokenizer into folder, made if needed."""
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; {', '.join(get_args(Kind))} expected")
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = _write_tokenizer(folder)
-    configuration = _configuration(kind, vocabulary)
+    configuration = {**_configuration(kind, vocabulary), **(changes or {})}
     (folder / "config.json").write_text(json.dumps(configuration, indent=2))
     generation = {key: configuration[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
@@ -135,7 +136,8 @@ def _shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if configuration["model_type"] != "llama":
             shapes |= {attention + "q_norm.weight": (head,), attention + "k_norm.weight": (head,)}
         blocks = {block: inner}
-        if experts := configuration.get("num_experts"):
+        experts = configuration.get("num_experts")
+        if experts and layer not in configuration["mlp_only_layers"]:
             shapes[block + "gate.weight"] = (experts, hidden)
             blocks = {f"{block}experts.{expert}.": configuration["moe_intermediate_size"] for expert in range(experts)}
         for name, width in blocks.items():

@@ -13,7 +13,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from postroad_trainer.models.configuration import ModelError
-from postroad_trainer.models.family import Entry, Family, from_megatron, to_megatron
+from postroad_trainer.models.family import Entry, Family, Mapping, Piece
 
 
 def _files_by_name(model_path: Path) -> dict[str, Path]:
@@ -46,44 +46,50 @@ class ModelFolder:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of this name. Raises ModelError when the folder lacks it or its file is damaged."""
-        if name not in self._files:
-            raise ModelError(f"{self._path} has no tensor {name}; config.json and weights are not of one model")
-        file = self._files[name]
+    def read(self, piece: Piece, shape: torch.Size) -> torch.Tensor:
+        """The piece, which must have this shape. Raises ModelError when the folder lacks it, has it in another shape
+        or its file is damaged."""
+        if piece.name not in self._files:
+            raise ModelError(f"{self._path} has no tensor {piece.name}; config.json and weights are not of one model")
+        wanted = [*shape]
+        wanted[piece.dim] = piece.full
+        file = self._files[piece.name]
         try:
             if file not in self._open:
                 self._open[file] = self._stack.enter_context(safe_open(file, "pt"))
-            return self._open[file].get_tensor(name)
+            tensor = self._open[file].get_slice(piece.name)
+            if tensor.get_shape() != wanted:
+                raise ModelError(
+                    f"{self._path}: {piece.name} has shape {tensor.get_shape()}; config.json asks for {wanted}"
+                )
+            part = slice(piece.start, piece.start + piece.length)
+            return tensor[part] if piece.dim == 0 else tensor[:, part]
         except (SafetensorError, FileNotFoundError) as error:
             raise ModelError(f"{file}: missing, damaged or cut short ({error})") from error
 
 
 @torch.no_grad()
-def load_weights(model: Any, family: Family, model_path: Path) -> None:
-    """Fills every parameter of the model from the folder. Raises ModelError for missing or misshapen tensors."""
+def load_weights(chunks: list[Any], family: Family, mapping: Mapping, model_path: Path) -> None:
+    """Fills every parameter of the chunks, reading the parts that this rank holds and no more.
+
+    Raises ModelError for missing or misshapen tensors.
+    """
     filled: set[int] = set()
     with ModelFolder(model_path) as folder:
-        for entry in family.entries(model):
-            tensors = [folder.tensor(name) for name in entry.names]
-            value = to_megatron(entry, tensors, model.config.num_query_groups, model.config.kv_channels)
-            if value.shape != entry.parameter.shape:
-                raise ModelError(
-                    f"{model_path}: {', '.join(entry.names)} give shape {tuple(value.shape)}; "
-                    f"config.json asks for {tuple(entry.parameter.shape)}"
-                )
-            entry.parameter.data.copy_(value)
+        for entry in entries_of(chunks, family):
+            parts = mapping.split(entry, entry.parameter.detach())
+            read = [folder.read(piece, part.shape) for piece, part in zip(mapping.pieces(entry), parts, strict=True)]
+            entry.parameter.data.copy_(mapping.join(entry, read))
             filled.add(id(entry.parameter))
-    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]
+    missing = [name for chunk in chunks for name, value in chunk.named_parameters() if id(value) not in filled]
     if missing:
         raise ModelError(f"{family.architecture}'s mapping leaves {len(missing)} parameters unfilled: {missing[:3]}")
 
 
-def exported(model: Any, entries: Iterable[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, contiguous tensor) of each parameter. Plain tensors may alias the live parameter."""
-    for entry in entries:
-        parts = from_megatron(entry, entry.parameter.detach(), model.config.num_query_groups, model.config.kv_channels)
-        yield from zip(entry.names, parts, strict=True)
+def entries_of(chunks: list[Any], family: Family) -> Iterator[Entry]:
+    """The entries of all model chunks of this rank."""
+    for chunk in chunks:
+        yield from family.entries(chunk)
 
 
 def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

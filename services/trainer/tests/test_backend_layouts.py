@@ -1,0 +1,126 @@
+"""Every parallel layout gives the loss and the gradients of one process, dense and MoE with replayed experts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backend_parts import model_folder
+from parity_rank import write_reference
+
+TOLERANCE = 1e-5
+TP2SP = {"tensor": 2, "sequence_parallel": True}
+DENSE = {
+    "TP2": {"tensor": 2},
+    "TP2xSP": TP2SP,
+    "PP2": {"pipeline": 2},
+    "PP2xVPP2": {"pipeline": 2, "virtual_pipeline": 2},
+    "CP2": {"context": 2},
+    "DP2": {},
+    "DP2 distributed optimizer": {"distributed_optimizer": True},
+}
+MOE = {
+    **{name: layout for name, layout in DENSE.items() if name != "TP2"},
+    "EP2": {"expert": 2},
+    "TP2xEP2": {**TP2SP, "expert": 2},
+    "TP2xETP2": {**TP2SP, "expert_tensor": 2},
+    "EP2 distributed optimizer": {"expert": 2, "distributed_optimizer": True},
+}
+WORLD4 = {
+    "TP2xPP2": {**TP2SP, "pipeline": 2},
+    "TP2xPP2xVPP2": {**TP2SP, "pipeline": 2, "virtual_pipeline": 2},
+    "TP4": {"tensor": 4},
+    "TP2xCP2": {**TP2SP, "context": 2},
+    "PP2xCP2": {"pipeline": 2, "context": 2, "distributed_optimizer": True},
+    "TP2xDP2 distributed optimizer": {**TP2SP, "distributed_optimizer": True},
+    "PP4": {"pipeline": 4},
+}
+WORLD4_MOE = {
+    **{name: layout for name, layout in WORLD4.items() if name != "TP4"},
+    "TP2xPP2xEP2": {**TP2SP, "pipeline": 2, "expert": 2},
+    "EP2xDP2 distributed optimizer": {"expert": 2, "distributed_optimizer": True},
+    "TP2xEP2xETP2": {**TP2SP, "expert": 2, "expert_tensor": 2},
+    "EP4": {"expert": 4},
+    "CP2xEP2": {"context": 2, "expert": 2},
+    "CP2xTP2xEP4": {**TP2SP, "context": 2, "expert": 4, "distributed_optimizer": True},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_hidden_layers": 4, "tie_word_embeddings": True, "vocab_size": 101},
+    "qwen3_moe": {"num_hidden_layers": 4, "mlp_only_layers": [0]},
+}
+MOE_ROUTING = (3, 2, 8)
+
+
+def _cases(tmp_path: Path, kind: str, layouts: dict[str, Any], recompute: list[str]) -> list[dict[str, Any]]:
+    if kind == "qwen3_moe":
+        changes, experts = MODELS[kind], MOE_ROUTING
+    else:
+        changes, experts = {**MODELS[kind]}, None
+    model = model_folder(tmp_path, kind, **changes)
+    cases = []
+    for packing, (name, layout), again in itertools.product([True, False], layouts.items(), recompute):
+        reference = tmp_path / f"packing-{packing}.safetensors"
+        case = {"model": str(model), "experts": experts, "packing": packing, "reference": str(reference)}
+        if not reference.exists():
+            write_reference(case, reference)
+        title = f"{name}, {'packed' if packing else 'not packed'}, recompute {again}"
+        cases.append({**case, "name": title, "parallel": {**layout, "recompute": again}})
+    return cases
+
+
+def run_ranks(tmp_path: Path, world: int, cases: list[dict[str, Any]], deadline_s: float) -> list[dict[str, Any]]:
+    """The results of every rank, by case."""
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    here = Path(__file__).parent
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
+    }
+    ranks = []
+    try:
+        for rank in range(world):
+            command = [sys.executable, str(here / "parity_rank.py"), str(rank), str(world), str(tmp_path)]
+            ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        errors = [process.communicate(timeout=deadline_s)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert not any(process.returncode for process in ranks), "\n".join(error[-3000:] for error in errors)
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def check(tmp_path: Path, results: list[dict[str, Any]], moe: bool) -> None:
+    lines, wrong = [], []
+    for name in results[0]:
+        worst = {key: max(result[name][key] for result in results) for key in results[0][name]}
+        lines.append(f"{name:60s} " + "  ".join(f"{key} {value:.1e}" for key, value in worst.items()))
+        measured = ("logprobs", "loss", "gradient", "after")
+        if max(worst[key] for key in measured) > TOLERANCE or worst["norm"] > 10 * TOLERANCE:
+            wrong.append(lines[-1])
+        if moe and worst["router"] < 1e-3:
+            wrong.append(f"{name}: no gradient reached a router")
+    print("\n".join(lines))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_two_ranks_in_every_layout(tmp_path: Path, kind: str) -> None:
+    layouts = MOE if kind == "qwen3_moe" else DENSE
+    cases = _cases(tmp_path, kind, layouts, ["none", "full"])
+    check(tmp_path, run_ranks(tmp_path, 2, cases, 300), kind == "qwen3_moe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_four_ranks_in_every_layout(tmp_path: Path, kind: str) -> None:
+    layouts = WORLD4_MOE if kind == "qwen3_moe" else WORLD4
+    cases = _cases(tmp_path, kind, layouts, ["none", "selective", "full"])
+    check(tmp_path, run_ranks(tmp_path, 4, cases, 900), kind == "qwen3_moe")
