@@ -1,61 +1,41 @@
-"""`python -m postroad_rollout.sglang`: one SGLang engine of the mesh, with its registration and its weight puller."""
+"""`python -m postroad_rollout.sglang`: one SGLang engine of the mesh."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
 import sys
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
-from postroad.bus import Bus
 from postroad.config import Environment, Recipe
 from postroad.service import run_service
-from postroad.store import Store
-from postroad.weights import Puller
+from postroad_rollout.engine.settings import Role
+from postroad_rollout.membership import Membership
 from postroad_rollout.sglang.engine import SGLangEngine
-from postroad_rollout.sglang.server import Role, SGLangError, SGLangServer
+from postroad_rollout.sglang.server import SGLangError, SGLangServer
 from postroad_rollout.sglang.weights import serialize
-from postroad_rollout.updates import Updater
-
-HEARTBEAT_S = 1.0
-TTL_S = 5.0
 
 
 async def serve(role: Role, environment: Environment, recipe: Recipe, stop: asyncio.Event) -> None:
-    """Serve until told to stop. The engine is registered as ready once it serves the newest published version."""
-    section = recipe.rollout.engine
-    name = environment.name or f"engine-{os.getpid()}"
+    options = recipe.rollout.engine.sglang.options
     server = SGLangServer(recipe, environment, role=role)
-    bus = await Bus.connect(environment.nats_url, environment.run)
-    store = await Store.connect(environment.redis_url, environment.run)
-    ranks = int(section.sglang.options.get("tp-size", section.sglang.options.get("tp_size", 1)))
+    ranks = int(options.get("tp-size", options.get("tp_size", 1)))
     engine = SGLangEngine(server.url, environment.key, serialize, ranks=ranks)
-    updater = Updater(engine, bus, Puller(store, environment.key), name=name, mode=section.update)
-    url = f"http://{environment.advertise or environment.host}:{server.port}"
+    member = Membership(environment, recipe, engine)
+    await member.join()
 
-    async def beat() -> None:
-        while True:
-            info = {
-                "url": url, "pid": os.getpid(), "port": server.port, "version": engine.version, "digest": engine.digest,
-                "state": "ready" if updater.current.is_set() else "pulling", "slots": section.slots,
-                "role": role, "bootstrap_port": server.bootstrap_port,
-            }  # fmt: skip
-            await store.register("engine", name, info, TTL_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(updater.switched.wait(), HEARTBEAT_S)
-                updater.switched.clear()
+    def describe() -> dict[str, Any]:
+        return {"role": role, "bootstrap_port": server.bootstrap_port}
 
     async def work() -> None:
         server.launch()
         await server.ready()
         async with asyncio.TaskGroup() as group:
-            for job in (server.watch(), updater.run(), beat()):
-                group.create_task(job)
+            group.create_task(server.watch())
+            group.create_task(member.run(server.port, describe))
 
-    tasks: list[asyncio.Task[object]] = [asyncio.create_task(stop.wait()), asyncio.create_task(work())]
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(stop.wait()), asyncio.create_task(work())]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -64,11 +44,9 @@ async def serve(role: Role, environment: Environment, recipe: Recipe, stop: asyn
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await store.leave("engine", name)
         engine.close()
         server.kill()
-        await store.close()
-        await bus.close()
+        await member.leave()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 
@@ -19,6 +19,7 @@ from postroad.config import Environment, Recipe
 from postroad.supervisor.processes import exited, signal_group
 from postroad.supervisor.servers import free_port
 from postroad_rollout.engine.errors import EngineError
+from postroad_rollout.engine.settings import Role
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,6 @@ PROBE_S = 10.0
 FAILED_PROBES = 6  # in a row, before a server that still runs is given up
 RESERVED = ("model-path", "host", "port", "api-key", "weight-version", "context-length", "max-running-requests",
             "random-seed", "enable-return-routed-experts", "served-model-name")  # fmt: skip
-
-
-Role = Literal["mixed", "prefill", "decode"]
 
 
 class SGLangError(EngineError):
