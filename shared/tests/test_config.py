@@ -30,7 +30,7 @@ def test_a_recipe_is_the_same_after_being_resolved(path, tmp_path):
         ("model.path=x", "exactly one of model.path and model.bundled"),
         ("rollout.sampling.temperature=0", "all members of a group equal"),
         ("rollout.sampling.max_new_tokens=5000", "no room for a prompt"),
-        ("trainer.processes=3", "must be a multiple of"),
+        ("trainer.parallel.tensor=2", "make it a multiple of 2"),
         ("trainer.steps.a=1", "below a plain value"),
         ("steps", "not of the form"),
     ],

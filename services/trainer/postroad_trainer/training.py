@@ -54,14 +54,17 @@ class Training:
                 model_path=model,
                 dtype=recipe.model.dtype,
                 threads=trainer.threads,
+                parallel=trainer.parallel,
                 adam_beta1=trainer.adam_beta1,
                 adam_beta2=trainer.adam_beta2,
                 weight_decay=trainer.weight_decay,
                 freeze_embedding=trainer.freeze_embedding,
                 micro_batch_tokens=trainer.micro_batch_tokens,
+                unknown_experts=trainer.unknown_experts,
                 seed=recipe.seed,
             ),
             keep_reference=self.algorithm.needs_reference,
+            model_provider=self.plugs.get("model_provider"),
         )
 
     def step(self, groups: Groups, version: int) -> tuple[dict[str, float], str]:
@@ -116,7 +119,7 @@ class Training:
 
     def _update(self, rows: list[TrainRow], settings: StepSettings) -> StepResult:
         if hook := self.plugs.get("before_step"):
-            hook(self.backend, rows, settings)
+            rows = hook(self.backend, rows, settings) or rows
         return self.backend.train_step(rows, settings)
 
     def score(self, samples: Sequence[Sample]) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from postroad_trainer.backend import BackendSettings, MegatronBackend, ParallelSettings
+from postroad.config.parallel import ParallelSection
+from postroad_trainer.backend import BackendSettings, MegatronBackend
 from postroad_trainer.backend.layout import Tree
 from postroad_trainer.backend.visibility import Layout
 from postroad_trainer.batch import StepSettings, TrainRow
@@ -25,8 +26,10 @@ def model_folder(tmp_path: Path, kind: Any = "llama", seed: int = 0, **changes: 
 
 
 def backend(folder: Path, parallel: dict[str, Any] | None = None, **settings: Any) -> MegatronBackend:
-    layout = ParallelSettings(**(parallel or {}))
-    return MegatronBackend(BackendSettings(**{"model_path": folder, "dtype": "float32", "parallel": layout, **settings}))
+    layout = ParallelSection(**(parallel or {}))
+    return MegatronBackend(
+        BackendSettings(**{"model_path": folder, "dtype": "float32", "parallel": layout, **settings})
+    )
 
 
 def make_rows(

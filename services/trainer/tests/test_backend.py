@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from postroad.config.algorithm import AlgorithmSection
-from postroad_trainer.backend import BackendError, BackendSettings, MegatronBackend, ParallelSettings, cpu_shim
+from postroad.config.parallel import ParallelSection
+from postroad_trainer.backend import BackendError, BackendSettings, MegatronBackend, cpu_shim
+from postroad_trainer.backend.settings import validate_model
 from postroad_trainer.batch import RowError, StepSettings, TrainRow
 from postroad_trainer.models import family_of, read_configuration
 
@@ -276,15 +278,15 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: d
 @pytest.mark.parametrize(
     ("world", "changes", "sentence"),
     [
-        (3, {"tensor": 2}, "3 trainer processes .* make processes a multiple of 2"),
+        (3, {"tensor": 2}, "trainer.processes 3 can't .* make it a multiple of 2"),
         (4, {"pipeline": 2, "expert": 4}, "the 2 ranks of a pipeline stage can't be split into expert 4"),
-        (2, {"sequence_parallel": True}, "sequence_parallel needs tensor"),
-        (2, {"virtual_pipeline": 2}, "virtual_pipeline needs pipeline"),
+        (2, {"sequence_parallel": True}, "sequence_parallel splits over the tensor ranks"),
+        (2, {"virtual_pipeline": 2}, "virtual_pipeline needs a pipeline"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_world_is_refused(world: int, changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(BackendError, match=sentence):
-        ParallelSettings(**changes).validate_world(world)
+    with pytest.raises(ValueError, match=sentence):
+        ParallelSection(**changes).validate_world(world)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
 ) -> None:
     configuration = read_configuration(model_folder(tmp_path, kind))
     with pytest.raises(BackendError, match=sentence):
-        ParallelSettings(**changes).validate_model(family_of(configuration).arguments(configuration))
+        validate_model(ParallelSection(**changes), family_of(configuration).arguments(configuration))
 
 
 def test_interleaved_stages_without_overlapped_transfers_are_refused(tmp_path: Path) -> None:

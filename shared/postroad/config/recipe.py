@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from postroad.config.algorithm import OF_GROUPS, AlgorithmSection, DottedPath
+from postroad.config.parallel import ParallelSection
 from postroad.config.section import Section
 
 
@@ -171,7 +172,8 @@ class TrainerSection(Section):
     steps: int = Field(ge=1, description="Optimizer steps of the run.")
     groups_per_step: int = Field(8, ge=1, description="Groups of one optimizer step.")
     staleness: int = Field(1, ge=0, description="Versions that a sample may be behind the trainer; 0 is on-policy.")
-    processes: int = Field(1, ge=1, description="Trainer ranks (data parallel), started by torchrun.")
+    processes: int = Field(1, ge=1, description="Trainer ranks, a process each; parallel says how they share the work.")
+    parallel: ParallelSection = ParallelSection()
     threads: int = Field(1, ge=1, description="Torch threads of each rank.")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
@@ -188,6 +190,11 @@ class TrainerSection(Section):
         20.0, gt=0, description="Groups filtered per group trained, over a whole step, before the run stops."
     )
     micro_batch_tokens: int = Field(2048, ge=16, description="Most tokens of one forward pass.")
+    unknown_experts: Literal["record", "mask"] = Field(
+        "record",
+        description="Tokens without recorded experts, where others have them: the trainer's router chooses (record), or "
+        "their sample is not trained (mask).",
+    )
     checkpoint: CheckpointSection = CheckpointSection()
     plug_points: PlugPointSection = PlugPointSection()
 
@@ -227,11 +234,7 @@ class Recipe(Section):
                 f"rollout.sampling.max_new_tokens {self.rollout.sampling.max_new_tokens} leaves no room for a prompt "
                 f"in rollout.engine.max_length {self.rollout.engine.max_length}"
             )
-        if self.trainer.groups_per_step % self.trainer.processes:
-            raise ValueError(
-                f"trainer.groups_per_step {self.trainer.groups_per_step} must be a multiple of "
-                f"trainer.processes {self.trainer.processes}"
-            )
+        self.trainer.parallel.validate_world(self.trainer.processes)
         roles = self.rollout.engine.roles
         if len(roles) > self.rollout.engines:
             raise ValueError(f"rollout.engine.roles lists {len(roles)} engines of {self.rollout.engines}")

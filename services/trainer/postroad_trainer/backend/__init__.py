@@ -20,6 +20,6 @@ megatron         MegatronBackend, which ties them together
 
 from postroad_trainer.backend.cpu_shim import enter_thread
 from postroad_trainer.backend.megatron import MegatronBackend
-from postroad_trainer.backend.settings import BackendError, BackendSettings, ParallelSettings
+from postroad_trainer.backend.settings import BackendError, BackendSettings
 
-__all__ = ["BackendError", "BackendSettings", "MegatronBackend", "ParallelSettings", "enter_thread"]
+__all__ = ["BackendError", "BackendSettings", "MegatronBackend", "enter_thread"]

@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from postroad_trainer.backend.settings import BackendError, BackendSettings
+from postroad_trainer.backend.settings import BackendError, BackendSettings, validate_model
 from postroad_trainer.backend.spec import LayoutRotary, LayoutTable, block_spec
 from postroad_trainer.models import Family, ModelConfiguration, family_of, read_configuration
 from postroad_trainer.models.family import Mapping
@@ -47,7 +47,7 @@ def transformer_config(settings: BackendSettings, configuration: ModelConfigurat
     """megatron's TransformerConfig: the family's arguments, our sizes, and every fusion that needs CUDA off."""
     dtype, parallel = DTYPES[settings.dtype], settings.parallel
     arguments = {"moe_token_dispatcher_type": "alltoall", **family.arguments(configuration)}
-    parallel.validate_model(arguments)
+    validate_model(parallel, arguments)
     recompute = dict(RECOMPUTE[parallel.recompute])
     if parallel.recompute == "selective":
         recompute["recompute_modules"] = ["mlp", "moe"] if arguments.get("num_moe_experts") else ["mlp"]

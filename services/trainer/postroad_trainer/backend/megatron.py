@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from postroad_trainer.models.weights import digest_of, entries_of
 
 
 class MegatronBackend:
-    """A model and its optimizer on megatron-core, in any layout of ranks (settings.ParallelSettings).
+    """A model and its optimizer on megatron-core, in any layout of ranks (recipe: trainer.parallel).
 
     May be built and called in any thread, by one thread at a time. Raises ModelError for a model folder that can't
     be used, BackendError for anything else about itself, RowError for rows that can't be trained.
@@ -304,5 +304,5 @@ class MegatronBackend:
             settings.dtype,
             self._gatherer.elements(),
             self._gatherer.elements("model.embed_tokens.weight") if settings.freeze_embedding else 0,
-            {**asdict(settings.parallel), "world": self._ranks.world},
+            {**settings.parallel.model_dump(), "world": self._ranks.world},
         )

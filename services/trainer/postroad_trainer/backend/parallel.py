@@ -21,7 +21,10 @@ def initialise(settings: BackendSettings) -> None:
     if not dist.is_initialized():
         _join(timedelta(seconds=settings.collective_timeout_s))
     parallel = settings.parallel
-    parallel.validate_world(dist.get_world_size())
+    try:
+        parallel.validate_world(dist.get_world_size())
+    except ValueError as error:
+        raise BackendError(str(error)) from error
     wanted = (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, parallel.expert_tensor)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
