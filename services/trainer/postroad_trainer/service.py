@@ -86,9 +86,11 @@ class TrainerService:
         environment = self.environment
         self.bus = await Bus.connect(environment.nats_url, environment.run)
         self.store = await Store.connect(environment.redis_url, environment.run)
+        weights = self.recipe.weights
         self.publisher = Publisher(
-            self.bus, self.store, environment.key, host=environment.host, advertise=environment.advertise
-        )
+            self.bus, self.store, environment.key, host=environment.host, advertise=environment.advertise,
+            transports=weights.transports, folder=Path(weights.folder) / environment.run if weights.folder else None,
+        )  # fmt: skip
         beat = asyncio.create_task(self._heartbeat())
         try:
             await self.bus.create_streams()

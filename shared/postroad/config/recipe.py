@@ -199,6 +199,17 @@ class TrainerSection(Section):
     plug_points: PlugPointSection = PlugPointSection()
 
 
+class WeightsSection(Section):
+    """How a version of the weights gets from the trainer to the engines, which measure what is offered."""
+
+    transports: list[Literal["shared_memory", "nixl", "tcp"]] = Field(
+        ["shared_memory", "tcp"], description="What the trainer offers. nixl (RDMA, UCX) needs postroad[rdma]."
+    )
+    folder: str | None = Field(
+        None, description="A folder that trainer and engines share: versions are written there too, as safetensors."
+    )
+
+
 class EvaluationSection(Section):
     """Greedy accuracy on rows that are never trained on, at the start and the end of the run."""
 
@@ -218,6 +229,7 @@ class Recipe(Section):
     rollout: RolloutSection = RolloutSection()
     router: RouterSection = RouterSection()
     trainer: TrainerSection
+    weights: WeightsSection = WeightsSection()
     evaluation: list[EvaluationSection] = Field(default_factory=list)
 
     @model_validator(mode="after")
