@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-BATCH_BYTES = 32 * 1024 * 1024
+BATCH_BYTES = 16 * 1024 * 1024
 IN_FLIGHT = 4
 POLL_S = 0.0002
 MESSAGE_BYTES = 128 * 1024
@@ -58,22 +58,23 @@ class Agent:
         waiting = deque(_batches(ranges))
         running: list[tuple[Any, list[int]]] = []
         while waiting or running:
-            while waiting and len(running) < IN_FLIGHT:
-                batch = waiting.popleft()
+            if waiting and len(running) < IN_FLIGHT:
+                batch = waiting.popleft()  # one at a time: UCX may do all of it here, and what is done can be verified
                 local = self._nixl.get_xfer_descs([(there, size, 0) for _, there, size, _ in batch], "DRAM")
                 remote = self._nixl.get_xfer_descs([(here, size, 0) for here, _, size, _ in batch], "DRAM")
                 handle = self._nixl.initialize_xfer("READ", local, remote, peer)
                 self._nixl.transfer(handle)
                 running.append((handle, [number for *_, number in batch]))
-            for entry in list(running):
-                state = self._nixl.check_xfer_state(entry[0])
+            else:
+                time.sleep(POLL_S)
+            for handle, numbers in list(running):
+                state = self._nixl.check_xfer_state(handle)
                 if state == "DONE":
-                    running.remove(entry)
-                    self._nixl.release_xfer_handle(entry[0])
-                    tell({"done": entry[1]})
+                    running.remove((handle, numbers))
+                    self._nixl.release_xfer_handle(handle)
+                    tell({"done": numbers})
                 elif state != "PROC":
                     raise RuntimeError(f"NIXL says {state}")
-            time.sleep(POLL_S)
 
     def peer(self, metadata: str) -> str:
         """The name of the agent that `metadata` describes; a source describes itself anew when its memory changes."""

@@ -24,7 +24,7 @@ from postroad.weights.transports import READERS, Pull
 
 logger = logging.getLogger(__name__)
 
-READS_PER_SOURCE = 4  # at a time; who comes later waits, or reads from those who are done
+READS_PER_SOURCE = 2  # at a time; who comes later waits, or reads from those who are done
 SOURCES_PER_READER = 8
 POLL_S = 0.05
 

@@ -62,7 +62,7 @@ class ImageServer:
         writer.write(HEADER.pack(total))
         descriptor = os.dup(image.descriptor)  # the image may be released while it is being sent
         with os.fdopen(descriptor, "rb") as file:
-            for offset, size in ranges:
+            for offset, size in _merged(ranges):
                 if size <= _SMALL_BYTES:
                     writer.write(os.pread(descriptor, size, offset))
                     continue
@@ -70,3 +70,14 @@ class ImageServer:
                 sending = asyncio.get_running_loop().sendfile(writer.transport, file, offset, size)
                 await asyncio.wait_for(sending, IDLE_S + size / SLOWEST_BYTES_S)
         await asyncio.wait_for(writer.drain(), IDLE_S)
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What lies one after another, in one piece."""
+    out: list[tuple[int, int]] = []
+    for offset, size in ranges:
+        if out and sum(out[-1]) == offset:
+            out[-1] = (out[-1][0], out[-1][1] + size)
+        else:
+            out.append((offset, size))
+    return out

@@ -42,6 +42,7 @@ class Image:
         self.size_bytes = size_bytes
         os.ftruncate(self.descriptor, max(size_bytes, 1))
         self._map = mmap.mmap(self.descriptor, max(size_bytes, 1))
+        self._map.madvise(mmap.MADV_HUGEPAGE)  # where the kernel has them for shared memory: faster to pin and to copy
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)[:size_bytes]
 
     def close(self) -> None:
