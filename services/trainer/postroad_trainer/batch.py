@@ -112,11 +112,17 @@ class TrainRow:
                 f"routed_experts is for {routed.shape[1]} layers of {routed.shape[2]} experts; the model has "
                 f"{moe_layers} MoE layers of top {topk}"
             )
-        if int(routed.max()) >= experts:
-            self._fail(f"expert {int(routed.max())} was routed to, but the model has {experts}")
-        ordered = np.sort(routed, axis=-1)
+        known = routed[~unknown_experts(routed)]
+        if known.size and int(known.max()) >= experts:
+            self._fail(f"expert {int(known.max())} was routed to, but the model has {experts}")
+        ordered = np.sort(known, axis=-1)
         if topk > 1 and (ordered[..., 1:] == ordered[..., :-1]).any():
             self._fail("a token was routed twice to one expert; the recording is damaged")
+
+
+def unknown_experts(routed: np.ndarray) -> np.ndarray:
+    """bool [T-1]: the inputs whose recording is unknown, which has the largest value of its type throughout."""
+    return (routed == np.iinfo(routed.dtype).max).all((1, 2))
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,7 @@ class StepResult:
     rows_skipped: rows that no term of the loss needs, not run;
     rows_masked: those of them that have no trained token.
     tokens: of all rows; computed_tokens: positions run by all ranks (prompts once per shared tree).
+    experts_unknown: inputs without recorded experts in a batch that has others; rows_unrouted: rows not run because of it.
     prompts_not_shared: rows whose recorded prompt experts differ from their group's first row.
     experts_differ_fraction: token-layers where the trainer's own router would have chosen another set.
     sums: of the loss's terms over the trained tokens that were run (objective.SUMS).
@@ -174,12 +181,17 @@ class StepResult:
     entropy: float | None
     experts_differ_fraction: float | None
     prompts_not_shared: int
+    experts_unknown: int
+    rows_unrouted: int
     seconds: Mapping[str, float]
     sums: Mapping[str, float] = field(default_factory=dict)
     scores: Sequence[np.ndarray | None] = ()
 
 
-COUNTS = ("rows", "rows_skipped", "rows_masked", "tokens", "trained_tokens", "computed_tokens", "prompts_not_shared")
+COUNTS = (
+    "rows", "rows_skipped", "rows_masked", "tokens", "trained_tokens", "computed_tokens", "prompts_not_shared",
+    "experts_unknown", "rows_unrouted",
+)  # fmt: skip
 MEANS = ("loss", "grad_norm", "logprob_abs_diff_mean", "entropy", "experts_differ_fraction")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,13 +43,15 @@ def step_metrics(trained: Trained, flops_per_token: float) -> dict[str, float]:
         **_staleness(trained), **_advantages(trained.rows), **_agreement(trained),
         **_speed(trained.result, flops_per_token), **_memory(),
     }  # fmt: skip
-    return {name: float(value) for name, value in numbers.items() if value is not None and np.isfinite(value)}
+    known = {name: float(value) for name, value in numbers.items() if value is not None}
+    return {name: value for name, value in known.items() if math.isfinite(value)}
 
 
 def _result(result: StepResult) -> dict[str, Any]:
     names = (
         "loss", "grad_norm", "skipped", "gradients_not_finite", "rows", "rows_skipped", "rows_masked", "tokens",
         "trained_tokens", "computed_tokens", "prompts_not_shared", "experts_differ_fraction", "entropy",
+        "experts_unknown", "rows_unrouted",
     )  # fmt: skip
     run = result.sums.get("trained", 0.0)
     means = {"policy_loss": "policy_loss", "clipped": "clip_fraction", "rejected": "rejected_fraction",

@@ -39,11 +39,13 @@ def write_reference(case: dict[str, Any], path: Path) -> None:
     """The step in this process alone: log-probabilities before it, gradients, parameters after it."""
     alone, rows = build(case, {}), rows_of(case)
     logprobs = np.concatenate(alone.logprobs(rows))
+    recorded = [torch.from_numpy(kept.astype(np.int32)) for kept in alone.record_experts(rows)] if case["experts"] else []
     result = alone.train_step(rows, STEP)
     tensors = {"logprobs": torch.from_numpy(logprobs), "loss": torch.tensor([result.loss, result.grad_norm])}
     for entry in alone._state.entries:
         parts = alone._built.mapping.split(entry, entry.parameter.main_grad)
         tensors |= {f"gradient/{name}": part for name, part in zip(entry.names, parts, strict=True)}
+    tensors |= {f"recorded/{number}": kept for number, kept in enumerate(recorded)}
     tensors |= {f"after/{name}": tensor.clone() for name, tensor in alone.export_weights()}
     save_file(tensors, path)
 
@@ -52,6 +54,8 @@ def compare(trained: Any, case: dict[str, Any], want: dict[str, torch.Tensor]) -
     """Largest differences from the reference."""
     rows = rows_of(case)
     logprobs = torch.from_numpy(np.concatenate(trained.logprobs(rows)))
+    recorded = trained.record_experts(rows) if case["experts"] else []
+    other = [(want[f"recorded/{number}"].numpy() != kept).mean() for number, kept in enumerate(recorded)]
     result = trained.train_step(rows, STEP)
     mapping, gradient, router = trained._built.mapping, 0.0, 0.0
     for entry, own in zip(trained._state.entries, trained._state._owned, strict=True):
@@ -72,6 +76,7 @@ def compare(trained: Any, case: dict[str, Any], want: dict[str, torch.Tensor]) -
         "gradient": gradient,
         "after": max(after, default=0.0),
         "router": router,
+        "recorded": float(max(other, default=0.0)),
     }
 
 

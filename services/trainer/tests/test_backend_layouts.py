@@ -102,7 +102,7 @@ def check(tmp_path: Path, results: list[dict[str, Any]], moe: bool) -> None:
     for name in results[0]:
         worst = {key: max(result[name][key] for result in results) for key in results[0][name]}
         lines.append(f"{name:60s} " + "  ".join(f"{key} {value:.1e}" for key, value in worst.items()))
-        measured = ("logprobs", "loss", "gradient", "after")
+        measured = ("logprobs", "loss", "gradient", "after", "recorded")
         if max(worst[key] for key in measured) > TOLERANCE or worst["norm"] > 10 * TOLERANCE:
             wrong.append(lines[-1])
         if moe and worst["router"] < 1e-3:

@@ -13,7 +13,6 @@ from backend_parts import FROZEN_STEP, backend, by_name, largest_difference, mak
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from postroad_trainer.backend import BackendError
 from postroad_trainer.batch import RowError, StepSettings, TrainRow
 
 LAYERS, TOPK, EXPERTS = 2, 2, 8
@@ -84,32 +83,18 @@ def test_recorded_experts_decide_in_forward_recompute_and_backward(
 def test_replaying_the_own_choice_changes_nothing(tmp_path: Path) -> None:
     free, replayed = (backend(model_folder(tmp_path, "qwen3_moe")) for _ in range(2))
     rows = make_rows()
-    own = [dataclasses.replace(row, routed_experts=_own_choice(free, row)) for row in rows]
+    own = [
+        dataclasses.replace(row, routed_experts=kept) for row, kept in zip(rows, free.record_experts(rows), strict=True)
+    ]
     without, with_replay = free.train_step(rows, FROZEN_STEP), replayed.train_step(own, FROZEN_STEP)
     assert without.experts_differ_fraction is None
     assert with_replay.experts_differ_fraction == 0.0
     assert largest_difference(by_name(replayed), by_name(free)) < 1e-6
+    assert with_replay.experts_unknown == 0
     other = own[0].routed_experts.copy()  # type: ignore[union-attr]
     other[-1, 0, 0] = next(expert for expert in range(EXPERTS) if expert not in other[-1, 0])
     changed = replayed.train_step([dataclasses.replace(own[0], routed_experts=other), *own[1:]], FROZEN_STEP)
     assert changed.experts_differ_fraction is not None and 0 < changed.experts_differ_fraction < 0.1
-
-
-def _own_choice(ours: Any, row: TrainRow) -> np.ndarray:
-    """[T-1, layers, topk]: what the model's routers choose for this row."""
-    chosen = []
-
-    def keep(module: Any, inputs: Any, outputs: Any) -> None:
-        chosen.append(outputs[1].nonzero()[:, 1].reshape(-1, TOPK).numpy())
-
-    handles = [layer.mlp.router.register_forward_hook(keep) for layer in ours._chunks[0].decoder.layers]
-    padded = np.append(row.tokens, row.tokens[-1])  # the last token is no input: one more makes the last kept one
-    mask = np.zeros(len(padded), np.uint8)
-    mask[-1] = 1
-    ours.logprobs([dataclasses.replace(row, tokens=padded, loss_mask=mask, logprobs=np.zeros(len(padded), np.float32))])
-    for handle in handles:
-        handle.remove()
-    return np.stack(chosen, 1)[: len(row.tokens) - 1].astype(np.uint8)
 
 
 def test_a_prompt_recorded_otherwise_is_counted_and_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +138,69 @@ def test_a_recording_that_does_not_fit_is_refused(tmp_path: Path, experts: np.nd
         backend(model_folder(tmp_path, "qwen3_moe")).train_step(_first_with(experts), StepSettings(1e-3))
 
 
-def test_a_step_replays_all_rows_or_none(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="11 of 12 rows carry routed experts"):
-        backend(model_folder(tmp_path, "qwen3_moe")).train_step(_first_with(None), StepSettings(1e-3))
+@pytest.mark.parametrize("layout", [{}, {"recompute": "full"}])
+def test_replay_gives_the_recording_pass_bit_for_bit(tmp_path: Path, layout: dict[str, Any]) -> None:
+    ours = backend(model_folder(tmp_path, "qwen3_moe"), layout, share_prompts=False)
+    rows, free = make_rows(), ours.logprobs(make_rows())
+    recorded = [
+        dataclasses.replace(row, routed_experts=kept) for row, kept in zip(rows, ours.record_experts(rows), strict=True)
+    ]
+    ours.train_step(_rows(seed=5), FROZEN_STEP)  # other experts in between leave nothing behind
+    assert all(np.array_equal(a, b) for a, b in zip(free, ours.logprobs(recorded), strict=True))
+
+
+def _shifted(experts: np.ndarray, axis: str) -> np.ndarray:
+    """One layer's experts come from the layer before, or one token's from the token before."""
+    other = experts.copy()
+    if axis == "layer":
+        other[:, 1] = experts[:, 0]
+    else:
+        other[2] = experts[1]
+    return other
+
+
+@pytest.mark.parametrize("axis", ["layer", "token"])
+def test_a_shift_by_one_layer_or_token_is_seen(tmp_path: Path, axis: str) -> None:
+    ours = backend(model_folder(tmp_path, "qwen3_moe"))
+    row = _rows()[0]
+    shifted = dataclasses.replace(row, routed_experts=_shifted(row.routed_experts, axis))
+    assert float(np.abs(ours.logprobs([row])[0] - ours.logprobs([shifted])[0]).max()) > 1e-3
+
+
+def test_where_nothing_is_recorded_the_router_chooses_once(tmp_path: Path) -> None:
+    """A partly unknown recording, filled by the trainer, is the recording with the trainer's choice written in."""
+    folder = model_folder(tmp_path, "qwen3_moe")
+    ours, filled = backend(folder, FULL, share_prompts=False), backend(folder, FULL, share_prompts=False)
+    first, *rest = _rows()
+    partly = first.routed_experts.copy()  # type: ignore[union-attr]
+    partly[2:] = 255
+    rows = [
+        dataclasses.replace(first, routed_experts=partly),
+        dataclasses.replace(rest[0], routed_experts=None),
+        *rest[1:],
+    ]
+    result = ours.train_step(rows, FROZEN_STEP)
+    assert result.experts_unknown == len(partly) - 2 + len(rest[0].tokens) - 1
+    assert result.rows_unrouted == 0 and result.experts_differ_fraction is not None
+    own = filled.record_experts([rest[0]])[0]
+    rows[1] = dataclasses.replace(rest[0], routed_experts=own)
+    assert filled.train_step(rows, FROZEN_STEP).experts_unknown == len(partly) - 2
+    assert largest_difference(by_name(ours), by_name(filled)) < 1e-6
+
+
+def test_rows_without_a_recording_are_left_out_if_the_recipe_says_so(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, "qwen3_moe")
+    masked, without = backend(folder, unknown_experts="mask"), backend(folder)
+    result = masked.train_step(_first_with(None), FROZEN_STEP)
+    assert result.rows_unrouted == 1 and result.experts_unknown == LENGTH
+    dropped = [dataclasses.replace(row, advantage=0.0) if number == 0 else row for number, row in enumerate(_rows())]
+    without.train_step(dropped, FROZEN_STEP)
+    assert largest_difference(by_name(masked), by_name(without)) < 1e-6
+    nothing = masked.train_step(
+        [
+            dataclasses.replace(_rows()[0], routed_experts=np.full((LENGTH, 2, 2), 255, np.uint8)),
+            *[dataclasses.replace(row, advantage=0.0) for row in _rows()[1:]],
+        ],
+        FROZEN_STEP,
+    )
+    assert nothing.skipped and "1 lack recorded experts" in (nothing.skip_reason or "")

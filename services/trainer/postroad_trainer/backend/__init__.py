@@ -7,7 +7,9 @@ construction     model chunks, DDP wrappers and optimizer
 spec             norm and attention without Transformer Engine
 layout           rows to trees with shared prompts to micro-batches (numpy only)
 visibility       who sees whom in a micro-batch, as tensors; stripes of context ranks
+routing          rows without recorded experts beside rows with them (numpy only)
 replay           the experts recorded at inference, replayed in forward and recompute
+recording        the experts that a pass chose, by row
 runner           micro-batches through megatron's schedules
 head             log-probabilities from hidden states on tensor and context ranks
 log_probabilities  log-softmax at the predicted tokens, with its own backward

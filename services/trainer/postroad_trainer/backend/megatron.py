@@ -29,7 +29,9 @@ from postroad_trainer.backend.objective import (
     weigh,
 )
 from postroad_trainer.backend.parallel import Ranks, initialise
+from postroad_trainer.backend.recording import chosen_experts
 from postroad_trainer.backend.reference import Reference
+from postroad_trainer.backend.routing import Routed, routed
 from postroad_trainer.backend.settings import BackendError, BackendSettings
 from postroad_trainer.backend.visibility import Stripe
 from postroad_trainer.batch import StepResult, StepSettings, TrainRow
@@ -63,6 +65,7 @@ class MegatronBackend:
             self._stripe = Stripe(self._ranks.context.rank(), self._ranks.context.size())
             self._built = built = construction.build_model(settings)
             self._chunks, self._config = built.chunks, built.config
+            self._moe_layers = sum(built.config.moe_layer_freq) if built.config.num_moe_experts else 0
             if model_provider is not None:
                 model_provider(built.chunks, settings)
             parameters = [parameter for chunk in built.chunks for parameter in chunk.parameters()]
@@ -94,15 +97,18 @@ class MegatronBackend:
         """
         started = time.perf_counter()
         self._validate(rows)
-        active = rows_to_run(rows, settings.algorithm)
+        chosen = self._routed(rows_to_run(rows, settings.algorithm), self._settings.unknown_experts)
+        active, counts = chosen.rows, {"experts_unknown": chosen.unknown, "rows_unrouted": chosen.left_out}
         if not active:
             return self._result(
                 rows,
                 seconds={"total": time.perf_counter() - started},
                 loss=0.0,
                 skipped=True,
-                skip_reason="no row has an advantage and a trained token",
+                skip_reason="no row has an advantage and a trained token"
+                + (f" ({chosen.left_out} lack recorded experts)" if chosen.left_out else ""),
                 rows_skipped=len(rows),
+                **counts,
             )
         with self._running():
             planned = self._plan(active)
@@ -119,6 +125,7 @@ class MegatronBackend:
         return self._result(
             rows,
             **measured,
+            **counts,
             grad_norm=grad_norm,
             skipped=not stepped,
             gradients_not_finite=int(not stepped),
@@ -152,32 +159,50 @@ class MegatronBackend:
             trained = [(index, replace(row, routed_experts=None)) for index, row in trained]
         weights = self._reference.active() if reference and self._reference else contextlib.nullcontext()
         with self._running(), torch.no_grad(), weights:
-            planned = self._plan(trained)
+            planned = self._plan(self._routed(trained, "record").rows)
             batches = [MicroBatch.of(trees, self._device, self._stripe) for trees in planned.micro_batches]
             scores = [score[None] for score in self._run(batches, settings, forward_only=True)]
             self._take_counts()
             whole = self._ranks.over_batch(scatter(rows, batches, scores))
         return [score[0].copy() for score in by_row(rows, whole)]
 
+    def record_experts(self, rows: Sequence[TrainRow]) -> list[np.ndarray]:
+        """The experts that the model's routers choose: uint16 [T-1, MoE layers, topk] of each row, to be replayed later.
+
+        Unknown (65535) behind the last trained token of a row, which is no input. Every row needs a trained token.
+        """
+        self._validate(rows)
+        with self._running(), torch.no_grad():
+            free = [(index, replace(row, routed_experts=None)) for index, row in enumerate(rows)]
+            planned = self._plan(free, share_prompts=False)
+            batches = [MicroBatch.of(trees, self._device, self._stripe) for trees in planned.micro_batches]
+            for replays in self._replays:
+                replays.keep(True)
+            self._run(batches, StepSettings(learning_rate=0.0), forward_only=True)
+            kept = {layer: choices for replays in self._replays for layer, choices in replays.keep(False).items()}
+            self._take_counts()
+            shape = (self._moe_layers, self._config.moe_router_topk)
+            parallel = self._settings.parallel.sequence_parallel
+            return chosen_experts(planned.micro_batches, kept, rows, shape, self._ranks, parallel)
+
     def _validate(self, rows: Sequence[TrainRow]) -> None:
         if not rows:
             raise BackendError("a step needs at least one row")
         model, config = self._chunks[0], self._config
         longest = min(self._settings.micro_batch_tokens, model.max_sequence_length)
-        moe_layers = sum(config.moe_layer_freq) if config.num_moe_experts else 0
         for row in rows:
             row.validate(model.vocabulary, longest)
-            row.validate_routing(moe_layers, config.moe_router_topk, config.num_moe_experts or 0)
-        recorded = sum(row.routed_experts is not None for row in rows)
-        if recorded not in (0, len(rows)):
-            raise BackendError(f"{recorded} of {len(rows)} rows carry routed experts; a step replays all rows or none")
+            row.validate_routing(self._moe_layers, config.moe_router_topk, config.num_moe_experts or 0)
 
-    def _plan(self, rows: list[tuple[int, TrainRow]]) -> Plan:
+    def _routed(self, rows: list[tuple[int, TrainRow]], policy: str) -> Routed:
+        return routed(rows, (self._moe_layers, self._config.moe_router_topk), policy)
+
+    def _plan(self, rows: list[tuple[int, TrainRow]], share_prompts: bool | None = None) -> Plan:
         settings, parallel = self._settings, self._settings.parallel
         limits = Limits(
             settings.tree_tokens,
             settings.micro_batch_tokens,
-            settings.share_prompts,
+            settings.share_prompts if share_prompts is None else share_prompts,
             positions=parallel.context * (parallel.tensor if parallel.sequence_parallel else 1),
             micro_batches=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
@@ -269,6 +294,8 @@ class MegatronBackend:
                 "gradients_not_finite": 0,
                 "computed_tokens": 0,
                 "prompts_not_shared": 0,
+                "experts_unknown": 0,
+                "rows_unrouted": 0,
                 **fields,
             }
         )

@@ -16,7 +16,7 @@ from megatron.core import parallel_state as state
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
-UNKNOWN = -1
+from postroad_trainer.backend.routing import UNKNOWN
 
 
 class ExpertReplay(RouterReplay):
