@@ -30,10 +30,12 @@ ANTHROPIC_KINDS = {
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose request it is, and the session that it names ("" for none)."""
+    """Whose request it is, and the session that it names ("" for none). `generation` names its answer, the same for
+    each retry of the request, where the client gives an Idempotency-Key."""
 
     identity: Identity
     session: str = ""
+    generation: str = ""
 
 
 class Access:

@@ -22,6 +22,7 @@ from postroad_router.completions import Answer, ChatAnswer, TextAnswer
 from postroad_router.errors import ApiError
 from postroad_router.exchange import complete, converse
 from postroad_router.generate import forward, forward_stream
+from postroad_router.idempotency import Idempotency
 from postroad_router.metrics import ENGINES
 from postroad_router.openai_types import CompletionRequest, read_chat, validated
 from postroad_router.parts import Parts
@@ -40,6 +41,7 @@ def create_app(parts: Parts) -> FastAPI:
     app.include_router(routes)
     app.include_router(sessions_api.routes)
     app.add_middleware(Admission, limit=parts.dispatcher.settings.concurrency)
+    app.add_middleware(Idempotency, store=parts.dispatcher.engines.store)
     app.add_middleware(Access, keys=parts.keys)  # the outermost
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)

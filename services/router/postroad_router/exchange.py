@@ -58,14 +58,22 @@ class Exchange:
         self._requests = requests if place is None else [_placed(request, place, parts) for request in requests]
 
     async def steps(self) -> AsyncGenerator[Step, None]:
-        generations = [self._dispatcher.generate(request) for request in self._requests]
+        generations = [
+            await self._recorded(index) or self._dispatcher.generate(request)
+            for index, request in enumerate(self._requests)
+        ]
         async with aclosing(merged(generations)) as chunks:
             async for index, chunk in chunks:
                 choice = self.choices[index]
                 deltas = choice.push(chunk)
                 if chunk.finish and self._place is not None:
-                    await self._place.session.record(self._place.asked, self._place.prompt, choice)
+                    await self._place.session.record(self._place.asked, self._place.prompt, choice, index)
                 yield Step(index, choice, chunk, deltas)
+
+    async def _recorded(self, index: int) -> AsyncGenerator[TokenChunk, None] | None:
+        """The answer that a router gave to this very request before it died, where the session has it."""
+        chunk = None if self._place is None else await self._place.session.recorded(index)
+        return None if chunk is None else _one(chunk)
 
     async def whole(self) -> None:
         async with aclosing(self.steps()) as steps:
@@ -77,6 +85,10 @@ class Exchange:
         prompt = sum(len(prompt) for prompt in self.prompts)
         completion = sum(len(choice.tokens) for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def _one(chunk: TokenChunk) -> AsyncGenerator[TokenChunk, None]:
+    yield chunk
 
 
 def check(parts: Parts, asked: SamplingFields) -> None:
@@ -104,7 +116,7 @@ async def converse(parts: Parts, chat: ChatRequest, caller: Caller) -> Exchange:
     place = None
     try:
         if caller.session:
-            session = Session(parts.sessions, caller.session, caller.identity)
+            session = Session(parts.sessions, caller.session, caller.identity, caller.generation)
             await session.open()
             place = Place(session, asked, await session.prompt(asked, parts.junctions))
         prompt = await anew(asked, parts.junctions) if place is None else place.prompt

@@ -275,6 +275,11 @@ async def mesh(start_router: Callable[..., Any]) -> Mesh:
 
 
 @pytest.fixture
+def write_recipe() -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps(recipe().model_dump(mode="json"))) and None
+
+
+@pytest.fixture
 def stub_engine() -> type[StubEngine]:
     return StubEngine
 

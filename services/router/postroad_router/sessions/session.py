@@ -10,7 +10,7 @@ import numpy as np
 
 from postroad_router.choice import Choice
 from postroad_router.conversation import Asked
-from postroad_router.generation import version_spans
+from postroad_router.generation import TokenChunk, version_spans
 from postroad_router.keys import Identity
 from postroad_router.metrics import SESSION_TURNS
 from postroad_router.sessions.junction import Junctions
@@ -36,11 +36,13 @@ class Prompt:
 
 @dataclass
 class Session:
-    """`version` is the only one that its turns may come from, where it is pinned."""
+    """`version` is the only one that its turns may come from, where it is pinned. `generation` names what is
+    generated now, where it may come again: its choices are recorded once."""
 
     store: SessionStore
     name: str
     caller: Identity
+    generation: str
     version: int | None = None
     started: float = field(default_factory=time.time)
 
@@ -67,8 +69,23 @@ class Session:
         SESSION_TURNS.labels("rewritten" if paths else "begun").inc()
         return await anew(asked, junctions, paths[0][-1].number if paths else ROOT)
 
-    async def record(self, asked: Asked, prompt: Prompt, choice: Choice) -> int:
-        """Write the turn that `choice` is; its number."""
+    async def recorded(self, index: int) -> TokenChunk | None:
+        """The choice, whole, where it has been recorded already."""
+        if not self.generation:
+            return None
+        number = await self.store.number(self.name, f"{self.generation}:{index}")
+        turn = None if number is None else (await self.store.turns(self.name, [number])).get(number)
+        if number is None or turn is None:
+            return None
+        record = await self.store.record(self.name, number, experts=True)
+        versions = [version for start, end, version in record.versions for _ in range(start, end)]
+        return TokenChunk(
+            turn.tokens.tolist(), record.log_probabilities.tolist(), versions, record.engine, digests=record.digests,
+            finish="length" if turn.finish == "length" else "stop", routed_experts=record.experts, unmatched=record.unmatched,
+        )  # fmt: skip
+
+    async def record(self, asked: Asked, prompt: Prompt, choice: Choice, index: int) -> int:
+        """Write the turn that the choice of this index is; its number."""
         answer = choice.message
         experts = choice.experts
         covered = 0 if experts is None else prompt.experts_known + len(experts)
@@ -86,7 +103,7 @@ class Session:
             tools=asked.tools if root else None, variables=asked.variables if root else None,
             unmatched=choice.unmatched, experts_start=prompt.experts_known, experts=experts,
         )  # fmt: skip
-        return await self.store.append(self.name, self.caller, uuid.uuid4().hex, turn, record)
+        return await self.store.append(self.name, self.caller, f"{self.generation or uuid.uuid4().hex}:{index}", turn, record)
 
 
 async def anew(asked: Asked, junctions: Junctions, follows: int = ROOT) -> Prompt:

@@ -165,6 +165,11 @@ class SessionStore:
         chunks = await self._asked(self._client.hmget(keys[4], fields)) if fields else []
         return replace(record, experts=np.frombuffer(b"".join(chunks), dtype).reshape(shape))
 
+    async def number(self, session: str, generation: str) -> int | None:
+        """Of the turn that this generation was written as."""
+        found = await self._asked(self._client.hget(self._keys(session)[1], "id:" + generation))
+        return None if found is None else int(found)
+
     async def append(self, session: str, caller: Identity, generation: str, turn: Turn, record: Record) -> int:
         """Write a turn; its number. The same `generation` is written once."""
         raw = b"" if record.experts is None else record.experts.tobytes()
