@@ -36,3 +36,11 @@ class GraderFailed(Exception):
 
 class GraderTimeout(Exception):
     """The grading ran past its deadline; its process was killed."""
+
+
+class JudgeUnavailable(Exception):
+    """A judge or a remote grader could not be reached, or failed, more often than is tried."""
+
+
+class InvalidAnswer(Exception):
+    """A judge or a remote grader answered what can't be read as a score."""

@@ -71,10 +71,10 @@ class Worker:
 
 @dataclass
 class Pool:
-    """`prepare` names the grader (and its settings) whose libraries each process imports before its first grading."""
+    """`prepare` names graders (and their settings) whose libraries each process imports before its first grading."""
 
     limit: int
-    prepare: tuple[str, dict[str, Any]] | None = None
+    prepare: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     memory_bytes: int = MEMORY_BYTES
     counts: dict[str, int] = field(default_factory=lambda: {"started": 0, "timeout": 0, "died": 0})
 
@@ -93,12 +93,13 @@ class Pool:
     async def close(self) -> None:
         await asyncio.gather(*(self._discard(worker) for worker in list(self._workers)))
 
-    async def grade(self, grader: str, settings: dict[str, Any], attempt: Attempt, deadline_s: float) -> Grade:
-        """Grade in a process. Raises GraderTimeout after `deadline_s`, GraderFailed with the grader's traceback as
-        its cause. A cancelled grading kills its process."""
+    async def grade(
+        self, grader: str, settings: dict[str, Any], attempts: list[Attempt], deadline_s: float
+    ) -> list[Grade]:
+        """Grade in a process, in one call. Raises GraderTimeout after `deadline_s`, GraderFailed with the grader's
+        traceback as its cause. A cancelled grading kills its process."""
         request = {
-            "kind": "grade", "grader": grader, "settings": settings, "prompt": attempt.prompt,
-            "response": attempt.response, "label": attempt.label, "metadata": attempt.metadata,
+            "kind": "grade", "grader": grader, "settings": settings, "attempts": [vars(attempt) for attempt in attempts],
         }  # fmt: skip
         worker, healthy = await self._take(), False
         try:
@@ -119,7 +120,7 @@ class Pool:
             else:
                 await self._discard(worker)
                 self._idle.put_nowait(None)
-        return checked_grade(Grade(**_result(answer)))
+        return [checked_grade(Grade(**grade)) for grade in _result(answer)["grades"]]
 
     async def _take(self) -> Worker:
         """An idle process, or a new one."""
@@ -143,8 +144,7 @@ class Pool:
             worker = await Worker.spawn(self.memory_bytes)
             self._workers.add(worker)
             self.counts["started"] += 1
-            if self.prepare is not None:
-                name, settings = self.prepare
+            for name, settings in self.prepare:
                 _result(await worker.call({"kind": "prepare", "grader": name, "settings": settings}, START_S))
             return worker
         except BaseException as error:

@@ -49,10 +49,17 @@ def _work(request: dict[str, Any], runner: asyncio.Runner) -> dict[str, Any]:
     if request["kind"] == "prepare":
         grader.prepare(settings)
         return {}
-    attempt = Attempt(request["prompt"], request["response"], request["label"], request["metadata"])
-    result = grader.grade(attempt, settings)
-    grade = checked_grade(runner.run(_await(result)) if inspect.isawaitable(result) else result)
-    return {"reward": grade.reward, "metrics": grade.metrics}
+    assert grader.grade is not None
+    attempts = [Attempt(**attempt) for attempt in request["attempts"]]
+    if grader.group(settings):
+        results = _finish(grader.grade(attempts, settings), runner)
+    else:
+        results = [_finish(grader.grade(attempt, settings), runner) for attempt in attempts]
+    return {"grades": [vars(checked_grade(result)) for result in results]}
+
+
+def _finish(result: Any, runner: asyncio.Runner) -> Any:
+    return runner.run(_await(result)) if inspect.isawaitable(result) else result
 
 
 async def _await(result: Awaitable[Any]) -> Any:

@@ -126,7 +126,8 @@ ENDED = {
     "os._exit": ("os._exit(0)", {"ok"}),
     "closed streams": ("sys.stdout.close(); sys.stderr.close(); os.closerange(0, 99)", {"ok"}),
     "crash": ("ctypes.string_at(0)", {"killed"}),
-    "endless recursion": ("sys.setrecursionlimit(1 << 30)\ndef f(n): return f(str(n))\nf(1)", {"killed", "memory", "error", "timeout"}),
+    "endless recursion": ("sys.setrecursionlimit(1 << 30)\ndef f(n): return f(str(n))\nf(1)",
+                          {"killed", "memory", "error", "timeout"}),
     "binary garbage": ("os.write(1, bytes(range(256)) * 9)", {"ok"}),
     "pickle bomb": ("import pickle\nclass A:\n    def __reduce__(self): return os.system, ('id',)\n"
                     "os.write(1, pickle.dumps(A()))", {"ok"}),

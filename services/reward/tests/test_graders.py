@@ -11,8 +11,8 @@ from postroad_reward.errors import GraderSettingsError, InvalidReward, UnknownGr
 from postroad_reward.graders import GRADERS, Attempt, Grade, check, checked_grade, find
 
 
-def grade(name: str, response: str, label=None, settings=None, metadata=None) -> Grade:
-    attempt = Attempt([{"role": "user", "content": "?"}], response, label, metadata or {})
+def grade(name: str, response: str, label=None, settings=None, metadata=None, tokens=0) -> Grade:
+    attempt = Attempt([{"role": "user", "content": "?"}], response, label, metadata or {}, tokens)
     result = find(name).grade(attempt, check(name, settings or {}))
 
     async def finish():
@@ -128,7 +128,7 @@ def test_function(monkeypatch):
     ("name", "settings", "error", "text"),
     [
         ("maths", {}, UnknownGrader, "there is no grader 'maths': did you mean 'math'"),
-        ("zzz", {}, UnknownGrader, "known: exact, function, math"),
+        ("zzz", {}, UnknownGrader, "known: code, combination, dapo"),
         ("exact", {"ignorecase": True}, GraderSettingsError, "no setting 'ignorecase': did you mean 'ignore_case'"),
         ("exact", {"pattern": "("}, GraderSettingsError, "not a regular expression"),
         ("reasoning_gym", {"answer": "first"}, GraderSettingsError, r"'answer' .* \(got 'first'\)"),
@@ -143,4 +143,6 @@ def test_bad_grader_or_settings_are_explained(name, settings, error, text):
 
 def test_every_grader_says_where_it_comes_from():
     for grader in GRADERS.values():
-        assert (inspect.getmodule(grader.grade).__doc__ or "").startswith(f"`{grader.name}`")
+        function = grader.run or grader.grade
+        told = f"{inspect.getmodule(function).__doc__} {function.__doc__}"
+        assert f"`{grader.name}`" in told and len(told) > 120, grader.name

@@ -24,9 +24,10 @@ async def pool(monkeypatch):
     await pool.close()
 
 
-def function(pool, name, response="4", deadline_s=20.0, **metadata):
+async def function(pool, name, response="4", deadline_s=20.0, **metadata):
     settings = {"path": f"example_rewards.{name}"}
-    return pool.grade("function", settings, Attempt([], response, "4", metadata), deadline_s)
+    (grade,) = await pool.grade("function", settings, [Attempt([], response, "4", metadata)], deadline_s)
+    return grade
 
 
 async def test_a_hang_costs_its_deadline_and_its_process_and_nothing_else(pool):
@@ -71,7 +72,7 @@ async def test_what_a_grader_prints_does_not_disturb(pool):
 
 async def test_an_unknown_grader_is_a_matter_of_settings(pool):
     with pytest.raises(GraderFailed, match="did you mean 'exact'") as caught:
-        await pool.grade("exactly", {}, Attempt([], ""), 10)
+        await pool.grade("exactly", {}, [Attempt([], "")], 10)
     assert caught.value.settings
 
 
@@ -95,7 +96,7 @@ async def test_a_process_killed_while_idle_is_replaced(pool):
 
 
 async def test_a_grader_that_cannot_be_prepared_is_refused_at_the_start():
-    pool = Pool(limit=1, prepare=("function", {"path": "no_such_module.name"}))
+    pool = Pool(limit=1, prepare=[("function", {"path": "no_such_module.name"})])
     with pytest.raises(GraderFailed, match=r"no function no_such_module\.name") as caught:
         await pool.start()
     await pool.close()

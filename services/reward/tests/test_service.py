@@ -116,7 +116,7 @@ async def test_a_hang_is_killed_and_the_service_lives_on(road):
             for member in range(6)
         ))  # fmt: skip
         await until(lambda: service.hop.counts.get("done") == 5 and service.hop.counts.get("dead_timeout") == 1)
-        assert service.pool.counts["timeout"] == 2
+        assert service.grading.pool.counts["timeout"] == 2
     assert [sample.reward for sample in await road.samples()] == [1.0] * 5
     (letter,) = await road.letters()
     assert (letter.member, letter.reason) == (1, "timeout") and "did not answer within 1 s" in letter.error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from postroad.config.algorithm import OF_GROUPS, AlgorithmSection, DottedPath
 from postroad.config.parallel import ParallelSection
@@ -58,16 +58,31 @@ class DataSection(Section):
         return self
 
 
+class SandboxSection(Section):
+    """Where code that a model wrote runs."""
+
+    packages: list[str] = Field(
+        default_factory=lambda: ["numpy", "sympy"], description="Installed distributions that the code may import."
+    )
+    imports: list[str] = Field(default_factory=list, description="Modules that are imported before a job comes.")
+    memory_bytes: int = Field(1 << 30, ge=1 << 26, description="Memory of one job.")
+    disk_bytes: int = Field(64 << 20, ge=4096, description="Size of a job's /tmp.")
+    output_bytes: int = Field(256 << 10, ge=1, description="Bytes of standard output, and of standard error.")
+    processes: int = Field(32, ge=1, description="Processes and threads of one job.")
+
+
 class RewardSection(Section):
     """Who grades."""
 
-    grader: str = Field(
-        description="math, exact, positions, reasoning_gym, or function for a user's function; none for learning from files."
-    )
+    grader: str = Field(description="A grader of docs/rewards.md, such as math, code or function; none for learning from files.")
     settings: dict[str, Any] = Field(default_factory=dict, description="The grader's own settings.")
     deadline_s: float = Field(30.0, gt=0, description="Seconds that one grading may take.")
     deliveries: int = Field(5, ge=1, description="Attempts before a trajectory goes to DEAD.")
     concurrency: int = Field(32, ge=1, description="Gradings at the same time in one reward process.")
+    limits: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="By grader, the gradings of it at the same time in one reward process."
+    )
+    sandbox: SandboxSection = SandboxSection()
 
 
 class SamplingSection(Section):

@@ -1,26 +1,44 @@
-"""The graders by name, one file each: `math`, `exact`, `positions`, `reasoning_gym` and `function` (the user's own).
-
-A grader is a pure function with typed settings (base.Grader). It runs in a process of its own that may be killed.
-To add one, write its file and name it here.
+"""The graders by name. Most are pure functions with typed settings, in processes that may be killed; those that wait for
+a sandbox, a judge or other graders run in the service (base.Grader). To add one, write its file and name it here.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from postroad_reward.errors import GraderSettingsError, UnknownGrader
-from postroad_reward.graders import exact, function, math, positions, reasoning_gym
+from postroad_reward.graders import (
+    code,
+    combination,
+    dapo,
+    deepscaler,
+    exact,
+    f1,
+    function,
+    instructions,
+    judging,
+    math,
+    multiple_choice,
+    positions,
+    reasoning_gym,
+    shape,
+)  # fmt: skip
 from postroad_reward.graders.base import Attempt, Grade, Grader, Settings, checked_grade
 
-__all__ = ["GRADERS", "Attempt", "Grade", "Grader", "Settings", "check", "checked_grade", "find"]
+__all__ = ["GRADERS", "Attempt", "Grade", "Grader", "Settings", "check", "checked_grade", "find", "parts_of"]
 
 GRADERS: dict[str, Grader[Any]] = {
     grader.name: grader
-    for grader in (math.GRADER, exact.GRADER, positions.GRADER, reasoning_gym.GRADER, function.GRADER)
-}
+    for grader in (
+        math.GRADER, deepscaler.GRADER, dapo.GRADER, multiple_choice.GRADER, exact.GRADER, f1.GRADER, positions.GRADER,
+        instructions.GRADER, code.GRADER, reasoning_gym.GRADER, shape.FORMAT, shape.LENGTH, shape.JSON_SCHEMA,
+        judging.JUDGE, judging.REMOTE, function.GRADER, combination.GRADER,
+    )
+}  # fmt: skip
 
 
 def find(name: str) -> Grader[Any]:
@@ -41,6 +59,15 @@ def check(name: str, settings: dict[str, Any]) -> Settings:
     except ValidationError as error:
         raise GraderSettingsError("\n".join(_explain(name, grader, fault) for fault in error.errors())) from error
     return valid
+
+
+def parts_of(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The grader, or those that a combination is made of, with their settings."""
+    if name != combination.GRADER.name:
+        yield name, settings
+        return
+    for part in combination.CombinationSettings.model_validate(settings).parts:
+        yield from parts_of(part.grader, part.settings)
 
 
 def _explain(name: str, grader: Grader[Any], fault: Any) -> str:

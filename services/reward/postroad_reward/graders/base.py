@@ -1,4 +1,4 @@
-"""What a grader is: a pure function of an attempt and its typed settings."""
+"""What a grader is: a function of an attempt, or of all attempts of a group, and its typed settings."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+import httpx
 from pydantic import BaseModel, ConfigDict
 
 from postroad_reward.errors import InvalidReward
+from postroad_reward.sandbox.models import Job, Result
 
 
 class Settings(BaseModel):
@@ -21,12 +23,14 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is graded: the response to `prompt` (chat messages), with the row's `label` and `metadata`."""
+    """What is graded: the response to `prompt` (chat messages), which took `tokens` tokens, with the row's `label` and
+    `metadata`."""
 
     prompt: list[dict[str, Any]]
     response: str
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,35 @@ class Grade:
 
 
 S = TypeVar("S", bound=Settings)
-Result = Grade | float
+
+
+class Context(Protocol):
+    """What the service gives to graders that run in it."""
+
+    @property
+    def http(self) -> httpx.AsyncClient: ...
+
+    async def run(self, job: Job) -> Result:
+        """Run a job in the sandbox. Raises SandboxLost."""
+
+    async def grade(self, grader: str, settings: dict[str, Any], attempts: list[Attempt]) -> list[Grade]:
+        """Grade by another grader."""
 
 
 @dataclass(frozen=True)
 class Grader(Generic[S]):
-    """`grade(attempt, settings)` may raise: that is a failure of the grader, never a reward. `prepare` imports what
-    the first grading would otherwise wait for."""
+    """`grade` runs in a process that may be killed: it may take any time and memory. `run` is for graders that wait for
+    others (a sandbox, a judge): it runs in the service and must not block. Both may raise: that is a failure of the
+    grader, never a reward. `group` says whether all attempts of a group are graded in one call, as a list.
+    `prepare` imports what the first grading would otherwise wait for."""
 
     name: str
     settings: type[S]
-    grade: Callable[[Attempt, S], Result | Awaitable[Result]]
+    grade: Callable[[Any, S], Any] | None = None
+    run: Callable[[list[Attempt], S, Context], Awaitable[list[Grade]]] | None = None
     prepare: Callable[[S], object] = lambda settings: None
+    group: Callable[[S], bool] = lambda settings: False
+    sandbox: bool = False
 
 
 def checked_grade(result: Any) -> Grade:

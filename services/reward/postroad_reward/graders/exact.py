@@ -1,7 +1,8 @@
-"""`exact`: 1 where the normalised response equals the normalised label (or one of a list of labels), else 0.
+"""`exact`: 1 where the normalised answer equals the normalised label (or one of a list of labels), else 0.
 
 The normalisations are those of the SQuAD evaluation script (Rajpurkar et al. 2016): case, punctuation, articles, white
-space; each is a setting, and only white space is on by itself.
+space; each is a setting, and only white space is on by itself. Search-R1's reward is this grader with the pattern
+`(?s)<answer>(.*?)</answer>` and all of them.
 """
 
 from __future__ import annotations
@@ -10,40 +11,25 @@ import re
 import string
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from postroad_reward.graders.base import Attempt, Grader, Settings
+from postroad_reward.graders.answers import AnswerSettings, labels_of
+from postroad_reward.graders.base import Attempt, Grader
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class ExactSettings(Settings):
-    pattern: str | None = Field(
-        None, description="Regular expression; the last match in the response (its group 1, if any) is compared."
-    )
+class ExactSettings(AnswerSettings):
     ignore_case: bool = False
     ignore_punctuation: bool = False
     ignore_articles: bool = False
     ignore_white_space: bool = Field(True, description="Strip the ends; runs of white space count as one space.")
 
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return value
-
 
 def grade(attempt: Attempt, settings: ExactSettings) -> float:
-    labels = attempt.label if isinstance(attempt.label, list | tuple) else [attempt.label]
-    if not labels or any(label is None for label in labels):
-        raise ValueError("the exact grader needs a label; does data.label_key name the right column?")
-    answer: str | None = attempt.response
-    if settings.pattern is not None:
-        answer = _last_match(settings.pattern, attempt.response)
+    labels = labels_of(attempt.label, "exact")
+    answer = settings.answer(attempt.response)
     if answer is None:
         return 0.0
     return float(any(normalise(answer, settings) == normalise(label, settings) for label in labels))
@@ -60,13 +46,6 @@ def normalise(value: Any, settings: ExactSettings) -> str:
     if settings.ignore_white_space:
         text = " ".join(text.split())
     return text
-
-
-def _last_match(pattern: str, text: str) -> str | None:
-    found = list(re.finditer(pattern, text))
-    if not found:
-        return None
-    return found[-1].group(1) if found[-1].re.groups else found[-1].group()
 
 
 GRADER = Grader("exact", ExactSettings, grade)

@@ -2,13 +2,16 @@
 
 It is called with those of the keyword arguments `prompt` (chat messages), `response` (text), `label` and `metadata`
 that it names, and returns a number or a mapping with `reward` and further numbers, which become metrics.
+
+With `group` it is called once for all attempts of a group, with `responses` (a list of texts, by member) in the place of
+`response`, and returns a list of the same length.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -16,11 +19,10 @@ from pydantic import Field
 from postroad_reward.errors import GraderSettingsError, InvalidReward
 from postroad_reward.graders.base import Attempt, Grade, Grader, Settings
 
-_ARGUMENTS = ("prompt", "response", "label", "metadata")
-
 
 class FunctionSettings(Settings):
     path: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$", description="Dotted path, as in package.module.name.")
+    group: bool = Field(False, description="Called once per group, with all its responses.")
 
 
 def resolve(path: str) -> Callable[..., Any]:
@@ -35,10 +37,18 @@ def resolve(path: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-async def grade(attempt: Attempt, settings: FunctionSettings) -> Grade:
+async def grade(given: Attempt | list[Attempt], settings: FunctionSettings) -> Grade | list[Grade]:
     function = resolve(settings.path)
-    result = function(**_arguments(function, attempt))
-    return as_grade(await result if inspect.isawaitable(result) else result)
+    attempts = given if isinstance(given, list) else [given]
+    result = function(**_arguments(function, attempts, group=settings.group))
+    if inspect.isawaitable(result):
+        result = await result
+    if not settings.group:
+        return as_grade(result)
+    if not isinstance(result, Sequence) or len(result) != len(attempts):
+        got = f"{len(result)} values" if isinstance(result, Sequence) else f"a {type(result).__name__}"
+        raise InvalidReward(f"the function returned {got} for a group of {len(attempts)}")
+    return [as_grade(item) for item in result]
 
 
 def as_grade(result: Any) -> Grade:
@@ -51,11 +61,20 @@ def as_grade(result: Any) -> Grade:
     return Grade(result["reward"], {**plain, **nested})
 
 
-def _arguments(function: Callable[..., Any], attempt: Attempt) -> dict[str, Any]:
+def _arguments(function: Callable[..., Any], attempts: list[Attempt], *, group: bool) -> dict[str, Any]:
+    first = attempts[0]
+    given = {"prompt": first.prompt, "label": first.label, "metadata": first.metadata}
+    given |= {"responses": [attempt.response for attempt in attempts]} if group else {"response": first.response}
     parameters = inspect.signature(function).parameters.values()
     everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     wanted = {parameter.name for parameter in parameters}
-    return {name: getattr(attempt, name) for name in _ARGUMENTS if everything or name in wanted}
+    return {name: value for name, value in given.items() if everything or name in wanted}
 
 
-GRADER = Grader("function", FunctionSettings, grade, prepare=lambda settings: resolve(settings.path))
+GRADER = Grader(
+    "function",
+    FunctionSettings,
+    grade,
+    prepare=lambda settings: resolve(settings.path),
+    group=lambda settings: settings.group,
+)
