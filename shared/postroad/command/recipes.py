@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from postroad.command.folders import Commands
+from postroad.command.grader import check_grader
 from postroad.config import Recipe, load_recipe
 from postroad.config.reference import reference as reference_page
 from postroad.supervisor.plan import services
@@ -21,7 +22,9 @@ def check(
     set: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: a.b=c.")] = None,
 ) -> None:
     """Say in words what a recipe means."""
-    typer.echo("\n".join(meaning(load_recipe(recipe, set or []))))
+    loaded = load_recipe(recipe, set or [])
+    check_grader(loaded)
+    typer.echo("\n".join(meaning(loaded)))
 
 
 @app.command()
