@@ -78,7 +78,7 @@ def logits_of(trained: MegatronBackend, tokens: np.ndarray) -> torch.Tensor:
     length, none = len(tokens), np.zeros(0, np.int64)
     tree = Tree(tokens.astype(np.int64), np.arange(length), np.ones(length, np.int64), none, none, none, none, None)
     with torch.no_grad(), trained._running():
-        number = trained._built.table.add(Layout.of([tree], torch.device("cpu")))
+        number = trained._built.table.add(Layout([tree], torch.device("cpu")))
         logits = trained._chunks[0](torch.from_numpy(tree.tokens)[None], None, number)
         trained._built.table.clear()
     return logits[0].float()

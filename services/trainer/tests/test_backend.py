@@ -279,7 +279,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: d
     ("world", "changes", "sentence"),
     [
         (3, {"tensor": 2}, "trainer.processes 3 can't .* make it a multiple of 2"),
-        (4, {"pipeline": 2, "expert": 4}, "the 2 ranks of a pipeline stage can't be split into expert 4"),
+        (4, {"pipeline": 2, "expert": 4}, "the 2 ranks of a pipeline stage can't be laid out as expert 4"),
         (2, {"sequence_parallel": True}, "sequence_parallel splits over the tensor ranks"),
         (2, {"virtual_pipeline": 2}, "virtual_pipeline needs a pipeline"),
     ],

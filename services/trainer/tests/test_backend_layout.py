@@ -41,8 +41,8 @@ def test_a_prediction_sees_its_row_and_nothing_else(rows: list[TrainRow], tree_t
     trees, not_shared = build_trees(list(enumerate(rows)), tree_tokens)
     assert not_shared == 0
     predicted = []
-    layout = Layout.of(trees, torch.device("cpu"))
-    for tree, visible in zip(trees, layout.visible[:, 0].numpy(), strict=True):
+    layout = Layout(trees, torch.device("cpu"))
+    for tree, visible in zip(trees, layout.padded.visible[:, 0].numpy(), strict=True):
         assert len(tree) <= tree_tokens or len(set(tree.segments.tolist())) <= 2
         for source, target, row, place in zip(tree.source, tree.target, tree.row, tree.place, strict=True):
             assert _seen(tree, visible, source) == list(enumerate(rows[row].tokens[:place].tolist()))
@@ -69,29 +69,47 @@ def test_the_ranks_share_the_work_and_keep_in_step(rows: list[TrainRow], ranks: 
 @given(batches(), st.integers(1, 3))
 def test_stripes_see_together_what_the_whole_sees(rows: list[TrainRow], size: int) -> None:
     trees, _ = build_trees(list(enumerate(rows)), 30)
-    whole = Layout.of(trees, torch.device("cpu"))
+    whole = Layout(trees, torch.device("cpu"))
     total = len(whole.positions)
     gathered = torch.cat([torch.arange(total)[rank::size] for rank in range(size)])
     seen = _pairs(whole, torch.arange(total), torch.arange(total))
     for rank in range(size):
         stripe = Stripe(rank, size)
-        layout = Layout.of(trees, torch.device("cpu"), stripe)
+        layout = Layout(trees, torch.device("cpu"), stripe)
         mine = stripe.of(torch.arange(total))
-        for side, count in ((layout.queries, len(mine)), (layout.keys, total)):
+        for side, count in ((layout.padded.queries, len(mine)), (layout.padded.keys, total)):
             assert torch.equal(side.padded[side.slots], torch.arange(count))
-        assert layout.visible.any(-1).all()
+        assert layout.padded.visible.any(-1).all()
         assert torch.equal(layout.positions, stripe.of(whole.positions))
         assert torch.equal(_pairs(layout, mine, gathered)[mine], seen[mine])
+
+
+@given(batches())
+def test_spans_see_what_the_mask_lets_see(rows: list[TrainRow]) -> None:
+    trees, _ = build_trees(list(enumerate(rows)), 30)
+    layout, total = Layout(trees, torch.device("cpu")), sum(map(len, trees))
+    spans, seen = layout.spans, torch.zeros(total, total, dtype=torch.bool)
+    keys = torch.arange(total) if spans.keys is None else spans.keys
+    for number in range(len(spans.query_ends) - 1):
+        queries = range(int(spans.query_ends[number]), int(spans.query_ends[number + 1]))
+        of_span = keys[spans.key_ends[number] : spans.key_ends[number + 1]]
+        assert len(queries) <= spans.longest_query and len(of_span) <= spans.longest_key
+        for place, query in enumerate(queries):  # causal, aligned to the ends
+            seen[query, of_span[: len(of_span) - len(queries) + place + 1]] = True
+    everything = torch.arange(total)
+    assert torch.equal(seen, _pairs(layout, everything, everything))
 
 
 def _pairs(layout: Layout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """[T, T]: which position sees which."""
     seen = torch.zeros(len(keys), len(keys), dtype=torch.bool)
-    trees, _, length, width = layout.visible.shape
-    for slot, query in zip(layout.queries.slots.tolist(), queries.tolist(), strict=True):
+    trees, _, length, width = layout.padded.visible.shape
+    for slot, query in zip(layout.padded.queries.slots.tolist(), queries.tolist(), strict=True):
         row = torch.zeros(trees * width, dtype=torch.bool)
-        row[slot // length * width : (slot // length + 1) * width] = layout.visible[slot // length, 0, slot % length]
-        seen[query, keys] = row[layout.keys.slots]
+        row[slot // length * width : (slot // length + 1) * width] = layout.padded.visible[
+            slot // length, 0, slot % length
+        ]
+        seen[query, keys] = row[layout.padded.keys.slots]
     return seen
 
 

@@ -14,7 +14,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from postroad_trainer.backend.settings import BackendError, BackendSettings, validate_model
-from postroad_trainer.backend.spec import LayoutRotary, LayoutTable, block_spec
+from postroad_trainer.backend.spec import block_spec
+from postroad_trainer.backend.visibility import LayoutTable
 from postroad_trainer.models import Family, ModelConfiguration, family_of, read_configuration
 from postroad_trainer.models.family import Mapping
 from postroad_trainer.models.weights import entries_of, load_weights
@@ -97,7 +98,8 @@ def build_model(settings: BackendSettings) -> BuiltModel:
     configuration = read_configuration(settings.model_path)
     family = family_of(configuration)
     config = transformer_config(settings, configuration, family)
-    table = LayoutTable()
+    powers = torch.arange(0, config.kv_channels, 2, device=torch.cuda.current_device()) / config.kv_channels
+    table = LayoutTable(configuration.rope_theta**-powers, config.params_dtype)
     virtual = settings.parallel.virtual_pipeline
     numbers = range(virtual) if virtual > 1 else [None]
     chunks = [_chunk(config, configuration, table, number) for number in numbers]
@@ -130,12 +132,10 @@ def _chunk(config: Any, configuration: ModelConfiguration, table: LayoutTable, n
         post_process=state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
         parallel_output=True,
         share_embeddings_and_output_weights=configuration.tied,
-        position_embedding_type="rope",
-        rotary_base=configuration.rope_theta,
+        position_embedding_type="none",  # TreeAttention rotates
         vp_stage=number,
     )
     model.vocabulary = vocabulary
-    model.rotary_pos_emb = LayoutRotary(table, model.rotary_pos_emb.inv_freq)
     return model.to(torch.cuda.current_device())  # megatron makes routers on the host
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ WHOLE_VOCABULARY = Vocabulary()
 
 def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, a float32 copy of logits[rows] / temperature)."""
-    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    rows = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
     for start in range(0, len(logits), rows):
         block = slice(start, start + rows)
         yield block, logits[block].to(torch.float32, copy=True).div_(temperature)

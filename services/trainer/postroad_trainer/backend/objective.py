@@ -63,7 +63,7 @@ class MicroBatch:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
 
         return MicroBatch(
-            layout=Layout.of(trees, device, stripe),
+            layout=Layout(trees, device, stripe),
             tokens=put(np.concatenate([tree.tokens for tree in trees]))[None],
             sources=put(sources),
             which=put(which),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from postroad_trainer.backend.layout import PROMPT, Tree
-from postroad_trainer.backend.settings import BackendError
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,56 @@ class Slots:
 
 
 @dataclass
-class Layout:
-    """How the positions of a stripe attend to all T positions of their micro-batch. n trees, padded for attention.
+class Spans:
+    """Consecutive queries and the keys that they see, causally from the end: a prompt, or a response behind its prompt.
 
-    positions: int64 [T / size], for the rotary embedding. queries: of the stripe. keys: of all positions, in the order
-    in which the stripes are gathered. visible: bool [n, 1, queries of a tree, keys of a tree].
+    query_ends, key_ends: int32 [spans + 1], sums of lengths. keys: int64, the positions of the keys, span by span; None
+    where these are all positions in their order.
     """
 
-    positions: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
+    keys: torch.Tensor | None
+
+    @staticmethod
+    def of(trees: list[Tree], device: torch.device) -> Spans:
+        queries, keys, offset = [], [], 0
+        for tree in trees:
+            lengths = np.bincount(tree.segments)
+            if len(lengths) <= 2:  # a prompt with one response is one sequence
+                lengths = np.array([len(tree)])
+            prompt = np.arange(offset, offset + lengths[0])
+            for number, length in enumerate(lengths):
+                own = np.arange(offset, offset + length)
+                queries.append(length)
+                keys.append(np.concatenate([prompt, own]) if number else own)
+                offset += length
+        seen = [len(span) for span in keys]
+
+        def ends(lengths: list[int]) -> torch.Tensor:
+            return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device)
+
+        repeated = sum(seen) > offset
+        index = torch.from_numpy(np.concatenate(keys)).to(device) if repeated else None
+        return Spans(ends(queries), ends(seen), int(max(queries)), max(seen), index)
+
+
+@dataclass
+class Padded:
+    """Trees padded to the longest, for masked attention.
+
+    queries: of a stripe. keys: of all positions, in the order in which the stripes are gathered.
+    visible: bool [n, 1, queries of a tree, keys of a tree].
+    """
+
     queries: Slots
     keys: Slots
     visible: torch.Tensor
 
     @staticmethod
-    def of(trees: list[Tree], device: torch.device, stripe: Stripe = WHOLE) -> Layout:
+    def of(trees: list[Tree], device: torch.device, stripe: Stripe) -> Padded:
         lengths = [len(tree) for tree in trees]
         number, place = np.repeat(np.arange(len(trees)), lengths), np.concatenate([np.arange(n) for n in lengths])
         segments = np.concatenate([tree.segments for tree in trees])
@@ -76,12 +112,31 @@ class Layout:
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device)
 
-        return Layout(
-            put(np.concatenate([tree.positions for tree in trees])[mine]),
-            Slots(put(query_slots[0]), put(query_slots[1])),
-            Slots(put(key_slots[0]), put(key_slots[1])),
-            put(visible[:, None]),
-        )
+        slots = (Slots(put(padded), put(inverse)) for padded, inverse in (query_slots, key_slots))
+        return Padded(*slots, put(visible[:, None]))
+
+
+class Layout:
+    """How the positions of a stripe attend to all T positions of their micro-batch.
+
+    positions: int64 [T / size], for the rotary embedding; rotation: its cosines and sines there, set by the LayoutTable.
+    """
+
+    rotation: tuple[torch.Tensor, torch.Tensor]
+
+    def __init__(self, trees: list[Tree], device: torch.device, stripe: Stripe = WHOLE) -> None:
+        self._trees, self._device, self.stripe = trees, device, stripe
+        positions = torch.from_numpy(np.concatenate([tree.positions for tree in trees]))
+        self.positions = stripe.of(positions).to(device)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """For flash attention over a whole micro-batch."""
+        return Spans.of(self._trees, self._device)
+
+    @cached_property
+    def padded(self) -> Padded:
+        return Padded.of(self._trees, self._device, self.stripe)
 
 
 def _padded(number: np.ndarray, trees: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,24 +153,21 @@ def _padded(number: np.ndarray, trees: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class LayoutTable:
-    """The layouts of the step that is running, by number; the last one added is that of the forward under way."""
+    """The layouts of the step that is running, by number. frequencies: float32 [head_dim / 2], of the rotary embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, frequencies: torch.Tensor, dtype: torch.dtype) -> None:
+        self._frequencies, self._dtype = frequencies, dtype
         self._layouts: list[Layout] = []
 
     def add(self, layout: Layout) -> torch.Tensor:
         """The layout's number, to be passed as attention_mask."""
+        angles = torch.outer(layout.positions.float(), self._frequencies).repeat(1, 2)[:, None]
+        layout.rotation = (angles.cos().to(self._dtype), angles.sin().to(self._dtype))
         self._layouts.append(layout)
         return torch.tensor(len(self._layouts) - 1)
 
     def get(self, number: torch.Tensor) -> Layout:
         return self._layouts[int(number)]
-
-    @property
-    def current(self) -> Layout:
-        if not self._layouts:
-            raise BackendError("no layout was set before the model ran; use the verbs of MegatronBackend")
-        return self._layouts[-1]
 
     def clear(self) -> None:
         self._layouts.clear()
