@@ -261,6 +261,24 @@ async def test_engines_read_from_each_other_and_a_source_has_few_readers_at_a_ti
         await engine.close()
 
 
+@pytest.mark.skipif(not installed(), reason="NIXL is not installed (postroad[rdma])")
+async def test_nixl_follows_from_version_to_version_and_relays(plane):
+    publisher = plane.publisher
+    publisher._holder._transports = ("nixl",)
+    reader, late = (Puller(plane.store, KEY, transports=["nixl"]) for _ in range(2))
+    await reader.serve("127.0.0.1")
+    for version in (1, 2, 3):
+        await plane.publish(version)
+        manifest = await reader.current()
+        assert await reader.pull(manifest, deadline_s=20) == "nixl"
+        assert_has(reader, manifest, version)
+    await publisher.close()
+    await late.pull(manifest, deadline_s=20)
+    assert_has(late, manifest, 3)
+    for puller in (reader, late):
+        await puller.close()
+
+
 async def test_training_goes_on_while_a_snapshot_is_read(plane):
     """What is frozen is a copy: the trainer overwrites its parameters during the read, and nobody sees it."""
     parameters = tensors(1)

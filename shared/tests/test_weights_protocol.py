@@ -89,6 +89,8 @@ class Plane(RuleBasedStateMachine):
         ):
             publisher.shelf.release(version)
             del publisher.memory[version]
+        if publisher.frozen not in publisher.shelf.held:
+            publisher.frozen = None  # an unpublished one made room
         newest = publisher.seen.version if publisher.seen else -1
         version = newest if again and newest >= 0 else newest + 1
         if version in publisher.shelf.held:

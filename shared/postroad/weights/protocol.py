@@ -129,8 +129,10 @@ class Reading:
 
     def check(self, now: float) -> None:
         """Raises WeightsError where the read must be given up."""
-        if self.state != "reading":
+        if self.state == "verified":
             return
+        if self.state == "idle":
+            raise WeightsError("this read was given up")
         fault = "deadline passed" if now > self.deadline else "lease lapsed" if now - self.renewed > LEASE_S else ""
         if fault:
             left = len(self.missing)

@@ -188,8 +188,10 @@ class Publisher:
         return manifest
 
     async def _check(self, version: int, digest: str) -> tuple[str, Manifest | None, Stamp]:
-        if self._lost or self._lease is None:
+        if self._lost or self._lease is None or self._renewing is None:
             raise WeightsError(self._lost or "this publisher is not started")
+        if self._renewing.done():
+            self._renewing.result()
         found, value = await self._store.versioned(DOCUMENT)
         current = None if value is None else Manifest.model_validate(value)
         stamp = Stamp(version, self._lease.token)

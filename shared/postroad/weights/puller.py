@@ -88,7 +88,8 @@ class Puller:
                 self._reading.fail()
         self.transport = max(session.moved, key=session.moved.__getitem__, default="nothing")
         if self._relay is not None:
-            await self._relay.offer(manifest, self._staging)
+            nixl = self._nixl.register(self._staging.image) if "nixl" in session.moved else None
+            await self._relay.offer(manifest, self._staging, nixl)
         return self.transport
 
     def tensors(self, manifest: Manifest) -> Iterator[tuple[TensorEntry, np.ndarray]]:

@@ -33,9 +33,12 @@ class Relay:
     async def start(self, host: str, advertise: str = "") -> None:
         await self._server.start(host, advertise)
 
-    async def offer(self, manifest: Manifest, staging: Staging) -> None:
+    async def offer(self, manifest: Manifest, staging: Staging, nixl: dict[str, Any] | None) -> None:
+        """`nixl`: how NIXL reads the staging, where it is in use."""
         self._image = (manifest.version, staging.image)
         endpoints = [SharedMemoryReader.endpoint_of(staging.image), self._server.endpoint()]
+        if nixl is not None:
+            endpoints.append({"transport": "nixl", **nixl})
         source = Source(name=self._name, runs=runs(staging.offsets), endpoints=endpoints)
         info = {"version": manifest.version, "digest": manifest.digest, "source": source.model_dump(mode="json")}
         await self._store.register(RELAYS, self._name, info, LEASE_S)

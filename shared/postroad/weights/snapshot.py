@@ -76,8 +76,12 @@ class Snapshot:
         """Copy shards, one at a time as they come, and checksum their buckets on the way. `cuts` says into how many
         parts engines split a tensor along each dimension, so that each of theirs is a set of whole buckets."""
         snapshot = cls(run, version)
-        for shard in shards:
-            snapshot._add(shard, cuts(shard.name, shard.shape) if cuts else ())
+        try:
+            for shard in shards:
+                snapshot._add(shard, cuts(shard.name, shard.shape) if cuts else ())
+        except BaseException:
+            os.close(snapshot._descriptor)
+            raise
         snapshot._image = Image(snapshot._name, snapshot._layout.size_bytes, snapshot._descriptor)
         return snapshot
 
@@ -87,11 +91,9 @@ class Snapshot:
         expected = entry.model_copy(update={"shape": local}).size_bytes
         if shard.data.size != expected:
             raise WeightsError(f"{entry.name} has {shard.data.size} bytes, its shape {local} needs {expected}")
-        if entry.name in {known.name for known in self.entries[-1:]} and self.entries[-1] == entry:
-            index = len(self.entries) - 1  # another box of the same tensor
-        else:
-            index = len(self.entries)
+        if self.entries[-1:] != [entry]:  # otherwise another box of the same tensor
             self.entries.append(entry)
+        index = len(self.entries) - 1
         array = shard.data.reshape(*local, entry.item_size)
         for box in cells(shard.box, shard.shape, cuts, entry.item_size):
             data = np.ascontiguousarray(array[within(box, shard.box)]).reshape(-1)
