@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from prometheus_client import Counter, Gauge
 
 from postroad.store import Lease, LeaseLost, Store, StoreError
 from postroad.weights.manifest import DOCUMENT, Manifest, Source, TensorEntry
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 READS_PER_SOURCE = 2  # at a time; who comes later waits, or reads from those who are done
 SOURCES_PER_READER = 8
 POLL_S = 0.05
+MOVED = Counter("postroad_weights_moved_bytes", "Bytes of weights that were read, deltas as they travel", ["transport"])
+RATE = Gauge("postroad_weights_rate_bytes", "Bytes per second of the last read, best of the sources", ["transport"])
 
 
 class Puller:
@@ -75,7 +78,9 @@ class Puller:
             try:
                 await self._rounds(session, leases)
             finally:
-                self.bytes_moved += sum(session.moved.values())
+                for transport, size in session.moved.items():
+                    self.bytes_moved += size
+                    MOVED.labels(transport).inc(size)
                 renewing.cancel()
                 await asyncio.wait({renewing})
                 for held in leases.values():
@@ -86,6 +91,8 @@ class Puller:
         finally:
             if self._reading.state != "verified":
                 self._reading.fail()
+        for transport, rate in self.rates.best().items():
+            RATE.labels(transport).set(rate)
         self.transport = max(session.moved, key=session.moved.__getitem__, default="nothing")
         if self._relay is not None:
             nixl = self._nixl.register(self._staging.image) if "nixl" in session.moved else None
