@@ -291,4 +291,4 @@ def _add_information(app: FastAPI, engine: Engine, ready: Callable[[], bool]) ->
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry) + generate_latest(), media_type=CONTENT_TYPE_LATEST)
