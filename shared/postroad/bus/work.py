@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -152,7 +153,7 @@ async def _retry(bus: Bus, hop: Hop, raw: Msg, retry: RetryLater) -> None:
         return
     hop.count(f"retry_{retry.reason}")
     logger.warning("%s: %s again after %r", hop.name, raw.subject, retry)
-    await raw.nak(delay=BACKOFF_S[min(deliveries - 1, len(BACKOFF_S) - 1)])
+    await raw.nak(delay=BACKOFF_S[min(deliveries - 1, len(BACKOFF_S) - 1)] * random.uniform(0.5, 1.5))
 
 
 def _rejection(reason: DeadReason, cause: Exception) -> Reject:
