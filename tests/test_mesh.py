@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
+
+from postroad.supervisor.servers import free_port, listening
 
 
 def test_a_run_finishes_and_every_digest_is_repeated(mesh):
@@ -90,3 +95,29 @@ def test_given_answers_are_learned_without_engines(mesh, tmp_path, algorithm):
     losses = mesh.read_state()["evaluations"]["held-out"]
     assert losses["12"]["loss"] < losses["0"]["loss"] - 0.3
     assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:12"))
+
+
+def test_a_student_nears_its_teacher_and_replays_without_it(mesh, tmp_path):
+    """A teacher engine scores what the student samples; the scores are in the log, so a replay needs no teacher."""
+    model = tmp_path / "teacher"
+    subprocess.run(
+        [sys.executable, "-m", "postroad_trainer.models.tiny", "--out", model, "--kind", "llama", "--seed", "7"],
+        check=True,
+    )
+    port = free_port()
+    teacher = subprocess.Popen(
+        [sys.executable, "-m", "postroad_rollout.engine.server", "--model", model, "--port", str(port)]
+    )
+    try:
+        asyncio.run(listening([port], 60.0))
+        mesh.up("tiny", "trainer.steps=10", "trainer.groups_per_step=4", "rollout.group_size=4", "trainer.learning_rate=3e-3",
+                f"trainer.algorithm={json.dumps({'name': 'distillation', 'teacher_url': f'http://127.0.0.1:{port}'})}",
+                "trainer.checkpoint.every=4")  # fmt: skip
+        mesh.wait_finished()
+    finally:
+        teacher.kill()
+        teacher.wait()
+    distances = [step["metrics"]["teacher_reverse_kl"] for step in mesh.lines("steps") if step["step"]]
+    assert distances[-1] < distances[0] - 0.2, distances
+    mesh.nothing_lost()
+    assert all(line["equal"] for line in mesh.lines("replay", "--steps", "1:10"))

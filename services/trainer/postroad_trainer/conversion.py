@@ -61,6 +61,8 @@ def shaped_rewards(groups: Groups, recipe: Recipe) -> list[float]:
 
 def with_advantages(rows: Sequence[TrainRow], rewards: Sequence[float], algorithm: AlgorithmSection) -> list[TrainRow]:
     """The rows with the advantage of every trained token. Raises AlgorithmError for rewards or scores that have none."""
+    if not any(row.loss_mask.any() for row in rows):
+        return list(rows)
     starts = [int(np.argmax(row.trained)) if row.loss_mask.any() else len(row.tokens) for row in rows]
     responses = [slice(start, None) for start in starts]
 

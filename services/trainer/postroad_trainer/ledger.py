@@ -16,6 +16,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
+from postroad_trainer.plug_points import plug_point
+
 Verdict = Literal["accepted", "duplicate", "late"]
 
 
@@ -29,7 +31,7 @@ class LedgerSettings:
     groups_per_step: int
     group_size: int
     staleness: int
-    filter: Literal["none", "zero_std"] = "none"
+    filter: str = "none"
     max_filtered: float = 20.0
 
 
@@ -188,8 +190,17 @@ class Ledger:
         oldest = min(member.oldest_version for member in group.members.values())
         if self.version - oldest > self.settings.staleness:
             return "stale"
-        rewards = {member.reward for member in group.members.values()}
-        return "filtered" if self.settings.filter == "zero_std" and len(rewards) == 1 else None
+        return None if self._keeps([group.members[i] for i in sorted(group.members)]) else "filtered"
+
+    def _keeps(self, members: list[Member]) -> bool:
+        """Whether the filter lets a complete group be trained."""
+        match self.settings.filter:
+            case "none":
+                return True
+            case "zero_std":
+                return len({member.reward for member in members}) > 1
+            case path:
+                return bool(plug_point("trainer.filter", path)(members))
 
     def _drop(self, group: _Group, reason: str) -> None:
         del self._open[group.number]
@@ -199,6 +210,6 @@ class Ledger:
             limit = self.settings.max_filtered * self.settings.groups_per_step
             if self._filtered > limit:
                 raise FilterExhausted(
-                    f"{self._filtered} groups in a row had equal rewards (trainer.filter zero_std, limit {limit:.0f} a "
-                    "step): the task is too easy or too hard for this model, or the grader is broken"
+                    f"{self._filtered} groups of one step were dropped by trainer.filter {self.settings.filter}, limit "
+                    f"{limit:.0f}: the task is too easy or too hard for this model, or the grader is broken"
                 )

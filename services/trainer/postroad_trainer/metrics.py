@@ -40,7 +40,7 @@ def step_metrics(trained: Trained, flops_per_token: float) -> dict[str, float]:
     """All of them, flat; what is not known is left out."""
     numbers = {
         **_result(trained.result), **_rewards(trained.groups), **_lengths(trained.samples),
-        **_staleness(trained), **_advantages(trained.rows), **_agreement(trained),
+        **_staleness(trained), **_advantages(trained.rows), **_agreement(trained), **_teacher(trained),
         **_speed(trained.result, flops_per_token), **_memory(),
     }  # fmt: skip
     known = {name: float(value) for name, value in numbers.items() if value is not None}
@@ -127,9 +127,10 @@ def _advantages(rows: Sequence[TrainRow]) -> dict[str, Any]:
 
 def _agreement(trained: Trained) -> dict[str, Any]:
     """Engine and trainer on the tokens that were run, of samples that an engine made."""
+    scores = trained.result.scores or [None] * len(trained.rows)  # nothing was run
     run = [
         (row, score[0], staleness_of(sample, trained.version))
-        for row, score, sample in zip(trained.rows, trained.result.scores, trained.samples, strict=True)
+        for row, score, sample in zip(trained.rows, scores, trained.samples, strict=True)
         if score is not None and sample.trajectory.engine
     ]
     if not run:
@@ -154,6 +155,15 @@ def _agreement(trained: Trained) -> dict[str, Any]:
         "effective_sample_size": effective_sample_size(weight_N, segments).mean(),
         **{f"engine_{name}": by_sample[name].mean() for name in names},
     }  # fmt: skip
+
+
+def _teacher(trained: Trained) -> dict[str, Any]:
+    run = [
+        (score[0] - row.scores["teacher"])[row.trained]
+        for row, score in zip(trained.rows, trained.result.scores, strict=False)
+        if score is not None and "teacher" in row.scores
+    ]
+    return {"teacher_reverse_kl": np.concatenate(run).mean(dtype=np.float64)} if run else {}
 
 
 def _quarters(row: TrainRow) -> np.ndarray:

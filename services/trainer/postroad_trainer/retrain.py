@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from postroad.bus import Bus, LoggedMessage
 from postroad.messages import Sample, Step
 from postroad_trainer.ranks import Leader
+from postroad_trainer.teacher import unpacked
 
 
 class Divergence(RuntimeError):
@@ -33,11 +34,14 @@ async def logged_steps(bus: Bus, first: int, last: int | None = None) -> list[St
 
 async def samples_of(bus: Bus, step: Step) -> list[list[Sample]]:
     """The batch of a logged step: its samples in their order, by group."""
-    groups: OrderedDict[str, list[Sample]] = OrderedDict()
+    samples: list[Sample] = []
     for sequence, name in zip(step.sequences, step.samples, strict=True):
         sample = (await bus.get("SAMPLES", sequence)).message
         if not isinstance(sample, Sample) or sample.id != name:
             raise Divergence(f"SAMPLES {sequence} holds {sample.id}, step {step.number} trained {name}")
+        samples.append(sample)
+    groups: OrderedDict[str, list[Sample]] = OrderedDict()
+    for sample in unpacked(samples, step.teacher_log_probabilities):
         groups.setdefault(sample.group, []).append(sample)
     return list(groups.values())
 

@@ -23,9 +23,11 @@ from postroad_trainer.evaluation import Evaluator
 from postroad_trainer.export import export_model
 from postroad_trainer.feeder import group_name, group_number
 from postroad_trainer.ledger import Batch, Ledger, LedgerSettings
+from postroad_trainer.plug_points import plug_point
 from postroad_trainer.ranks import Leader, TorchThread
 from postroad_trainer.retrain import Divergence, retrain
 from postroad_trainer.road import Road
+from postroad_trainer.teacher import Teacher, packed
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,8 @@ class TrainerService:
         self.checkpoints = Checkpoints(environment.folder / "checkpoints", environment.run, checkpoint.keep)
         self.staleness_max = 0
         self.position = Position(environment.run, 0, 0, "", 0, 1)
+        algorithm, temperature = recipe.trainer.algorithm, recipe.rollout.sampling.temperature
+        self.teacher = Teacher(algorithm.teacher_url, temperature) if algorithm.distillation_coefficient else None
         self._broken, self._seconds_before = 0, dict[str, float]()
 
     async def run(self) -> None:
@@ -184,6 +188,9 @@ class TrainerService:
         batch = await road.next_batch()
         waited = time.monotonic()
         groups = [[road.samples[member.sample] for member in members] for members in batch.groups]
+        if self.teacher is not None:
+            groups = await self.teacher.scored(groups)
+        scored = time.monotonic()
         version = self.position.version
         with span("step", number=version + 1):
             metrics, digest = await self.leader.step(groups, version)
@@ -191,8 +198,10 @@ class TrainerService:
             step = self._step_record(batch, groups, digest)
             step = step.model_copy(update={
                 "seconds": trained - started,
-                "metrics": {**metrics, "seconds_wait": waited - started, "seconds_train": trained - waited,
-                            **self._seconds_before},
+                "metrics": {
+                    **metrics, **self._seconds_before, "seconds_wait": waited - started,
+                    "seconds_teacher": scored - waited, "seconds_train": trained - scored,
+                },
             })  # fmt: skip
             await self._log(step)
             self._count_broken(step)
@@ -227,7 +236,7 @@ class TrainerService:
             sequences=[member.sequence for member in members], samples=[member.sample for member in members],
             groups=[group_name(number) for number in batch.numbers],
             dropped=[Dropped(group=group_name(d.number), reason=d.reason, samples=d.samples) for d in batch.dropped],
-            staleness_max=version - oldest, created=time.time(),
+            teacher_log_probabilities=packed(groups), staleness_max=version - oldest, created=time.time(),
         )  # fmt: skip
 
     async def _log(self, step: Step) -> None:
@@ -259,7 +268,9 @@ class TrainerService:
         def save_backend(folder: Path) -> None:
             asyncio.run_coroutine_threadsafe(self.leader.save(folder), loop).result()
 
-        await asyncio.to_thread(self.checkpoints.save, self.position, save_backend)
+        saved = await asyncio.to_thread(self.checkpoints.save, self.position, save_backend)
+        if path := self.recipe.trainer.plug_points.after_save:
+            await asyncio.to_thread(plug_point("trainer.plug_points.after_save", path), saved, self.position.step)
 
     # ── being seen ───────────────────────────────────────────────────────────────────────────────────────────────
     async def _tell(self) -> None:

@@ -59,7 +59,7 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def _part(kind: str, names: tuple[str, ...]) -> AfterValidator:
+def named(kind: str, names: tuple[str, ...]) -> AfterValidator:
     """A registered name or a dotted path to a function of the user's."""
 
     def check(value: str) -> str:
@@ -123,16 +123,16 @@ class AlgorithmSection(Section):
         "decoupled_ppo", "distillation", "sft", "dpo",
     ] = Field("dapo", description="Gives every other key of this section its value.")  # fmt: skip
     updates: int = Field(1, ge=1, description="Optimizer updates that a batch is cut into, whole groups each.")
-    advantage: Annotated[str, _part("advantage", get_args(Advantage))] = Field(
+    advantage: Annotated[str, named("advantage", get_args(Advantage))] = Field(
         "group", description=f"{', '.join(get_args(Advantage))}, or a dotted path."
     )
-    loss: Annotated[str, _part("loss", get_args(Loss))] = Field(
+    loss: Annotated[str, named("loss", get_args(Loss))] = Field(
         "clip", description=f"{', '.join(get_args(Loss))}, or a dotted path."
     )
-    correction: Annotated[str, _part("correction", get_args(Correction))] = Field(
+    correction: Annotated[str, named("correction", get_args(Correction))] = Field(
         "tis", description=f"Of engine and trainer: {', '.join(get_args(Correction))}, or a dotted path."
     )
-    reducer: Annotated[str, _part("reducer", get_args(Reducer))] = Field(
+    reducer: Annotated[str, named("reducer", get_args(Reducer))] = Field(
         "sample", description=f"How token losses become one: {', '.join(get_args(Reducer))}, or a dotted path."
     )
     anchor: Anchor = Field(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from postroad.config.algorithm import OF_GROUPS, AlgorithmSection, DottedPath
+from postroad.config.algorithm import OF_GROUPS, AlgorithmSection, DottedPath, named
 from postroad.config.parallel import ParallelSection
 from postroad.config.section import Section
 
@@ -198,8 +198,8 @@ class TrainerSection(Section):
     grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     freeze_embedding: bool = Field(False, description="Do not train the embedding (and a head tied to it).")
     algorithm: AlgorithmSection = AlgorithmSection()
-    filter: Literal["none", "zero_std"] = Field(
-        "none", description="zero_std drops groups whose rewards are all equal and draws others (dynamic sampling)."
+    filter: Annotated[str, named("filter", ("none", "zero_std"))] = Field(
+        "none", description="zero_std drops groups of equal rewards and draws others (dynamic sampling); or a dotted path."
     )
     max_filtered: float = Field(
         20.0, gt=0, description="Groups filtered per group trained, over a whole step, before the run stops."

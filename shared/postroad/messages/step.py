@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from postroad.messages.arrays import Array
 from postroad.messages.base import Message
 
 
@@ -20,7 +21,8 @@ class Dropped(BaseModel):
 
 class Step(Message):
     """Step n (from 1) trained version n-1 on `sequences` of the sample log, in this order, and made version n, whose
-    parameters have this `digest`. `dropped` are the groups that were resolved without training since step n-1."""
+    parameters have this `digest`. `dropped` are the groups that were resolved without training since step n-1.
+    `teacher_log_probabilities` are those of all trained tokens of the samples, in their order, where a teacher was asked."""
 
     kind: ClassVar[str] = "step"
 
@@ -33,5 +35,6 @@ class Step(Message):
     dropped: list[Dropped] = Field(default_factory=list)
     staleness_max: int = 0
     metrics: dict[str, float] = Field(default_factory=dict)
+    teacher_log_probabilities: Array | None = None
     seconds: float = 0.0
     created: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from postroad_trainer.algorithms.errors import AlgorithmError, NotFiniteError, NothingTrainedError
+from postroad_trainer.algorithms.errors import AlgorithmError, NotFiniteError
 from postroad_trainer.algorithms.segments import Segments, places
 
 CHUNK = 128
@@ -55,15 +55,10 @@ def reinforce_plus_plus_returns(
     rho_t = -kl_coefficient kl_t, plus the sample's reward at its last trained token; A_t = rho_t + discount A_(t+1)
     (Hu et al. 2025, arXiv:2501.03262; k from kl_estimate(old, reference), 0 without a reference).
     The recursion runs over all response tokens: masked ones take part with their kl and one discount each, so kl must be
-    finite everywhere. Samples must be whole on this rank; whiten afterwards.
-    Raises NothingTrainedError for a sample whose reward has no token to stand on, NotFiniteError for reward or kl.
+    finite everywhere. The reward of a sample without a trained token has no place and is dropped. Samples must be whole
+    on this rank; whiten afterwards. Raises NotFiniteError for reward or kl.
     """
     _require_finite(reward_S, kl_N)
-    empty = (segments.counts() == 0).nonzero().flatten().tolist()
-    if empty:
-        raise NothingTrainedError(
-            f"samples {empty[:8]} have no trained token to carry their reward; drop them before the step"
-        )
     rho_N = -kl_coefficient * kl_N.double() + torch.where(segments.last(), segments.spread(reward_S.double()), 0.0)
     everything_N = torch.ones_like(segments.mask_N)
     return packed_discounted_sums(rho_N, segments, everything_N, discount).float()
