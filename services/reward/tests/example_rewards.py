@@ -92,3 +92,20 @@ def slow_once(response: str, metadata: dict[str, Any]) -> float:
     first = Path(metadata["journal"]).read_text().split().count(response) == 1
     time.sleep(metadata["seconds"] if first else 0)
     return 0.5
+
+
+def ranks(responses: list[str], metadata: dict[str, Any]) -> list[float]:
+    if journal := metadata.get("journal"):
+        with Path(journal).open("a") as file:
+            file.write(f"{len(responses)}\n")
+    return [float(sorted(responses, key=len).index(response)) for response in responses]
+
+
+async def too_few(responses: list[str]) -> list[float]:
+    return [0.0]
+
+
+def raises_until(metadata: dict[str, Any]) -> float:
+    if not Path(metadata["marker"]).exists():
+        raise LookupError("not yet")
+    return 1.0

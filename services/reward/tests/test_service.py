@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from postroad.config import Environment, load_recipe
 from postroad.messages import RewardSpec, decode, encode
+from postroad_reward.sandbox import SandboxLost
 from postroad_reward.service import RewardService
 
 RG = {"task": "products", "settings": {}, "seed": 1, "size": 1,
@@ -163,6 +166,83 @@ async def test_kill_in_mid_work_loses_nothing_and_grades_nothing_twice(road, pro
     assert await asyncio.to_thread(second.wait, 10) == 0, log(road)
     assert sorted(sample.member for sample in await road.samples()) == list(range(8))
     assert workers and not await road.letters()
+
+
+async def test_a_group_is_graded_in_one_call_when_all_of_it_is_there(road):
+    journal = road.folder / "journal"
+    settings = {"path": "example_rewards.ranks", "group": True}
+    spec = RewardSpec(grader="function", settings=settings, label="4", metadata={"journal": str(journal)})
+    sent = [road.trajectory(member, spec, "x" * (8 - member)) for member in range(8)]
+    async with serving(road, grader="function", settings=settings) as service:
+        await road.send(*sent[:7])
+        await until(lambda: len(service.hop.counts) == 0 and service.state == "ready")
+        await road.send(sent[7])
+        await until(lambda: service.hop.counts.get("done") == 8)
+    assert {sample.member: sample.reward for sample in await road.samples()} == {m: 7 - m for m in range(8)}
+    assert journal.read_text() == "8\n" and not await road.letters()
+
+
+async def test_a_group_that_stays_incomplete_is_dead_by_its_deadline(road, monkeypatch):
+    monkeypatch.setattr("postroad_reward.service.GROUP_SLACK_S", 0.0)
+    settings = {"path": "example_rewards.ranks", "group": True}
+    sent = road.trajectory(0, RewardSpec(grader="function", settings=settings))
+    sent = sent.model_copy(update={"task": sent.task.model_copy(update={"deadline": time.time() + 1})})
+    async with serving(road, grader="function", settings=settings) as service:
+        await road.send(sent)
+        await until(lambda: service.hop.counts.get("dead_deadline") == 1)
+    (letter,) = await road.letters()
+    assert "g00000000.0: its group of 8 was not complete" in letter.error and not await road.samples()
+
+
+async def test_failures_of_others_have_their_own_reasons(road, monkeypatch):
+    monkeypatch.setattr("postroad_reward.graders.judging.BACKOFF_S", 0.01)
+    judge = RewardSpec(grader="judge", settings={"url": "http://127.0.0.1:9/v1", "model": "m"})
+    code = RewardSpec(grader="code", label={"inputs": [""], "outputs": [""]})
+    async with serving(road, deliveries=2) as service:
+        monkeypatch.setattr(service.grading.sandbox, "run", lost)
+        await road.send(road.trajectory(0, judge), road.trajectory(1, code))
+        await until(lambda: {"dead_judge_unavailable", "dead_sandbox_lost"} <= service.hop.counts.keys())
+    letters = {letter.member: letter for letter in await road.letters()}
+    assert {member: letter.reason for member, letter in letters.items()} == {0: "judge_unavailable", 1: "sandbox_lost"}
+    assert letters[0].error.count("g00000000.0: ") == 1 and not await road.samples()
+
+
+async def lost(job):
+    raise SandboxLost("the sandbox has ended")
+
+
+async def command(road, *arguments):
+    environment = road.environment(road.recipe())
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "postroad.command.main", "dead", *arguments, env=environment, stdout=-1, stderr=-1
+    )
+    output, error = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, output.decode(), error.decode()
+
+
+async def test_dead_letters_are_listed_retried_and_dropped(road):
+    marker = road.folder / "marker"
+    twice = road.trajectory(0, road.function("raises_until", marker=str(marker)))
+    async with serving(road, deliveries=1) as service:
+        await road.send(twice, road.trajectory(1, road.function("raises")))
+        await until(lambda: service.hop.counts.get("dead_grader_failed") == 2)
+        _, output, error = await command(road, "list", "--json")
+        rows = {row["of"]: row for row in map(json.loads, output.splitlines())}
+        assert rows.keys() == {"g00000000.0", "g00000000.1"}, error
+        assert "LookupError" in rows["g00000000.1"]["traceback"] and "payload" not in rows["g00000000.1"]
+        marker.touch()
+        assert (await command(road, "retry", str(rows["g00000000.0"]["number"])))[:2] == (0, "1 letter put back\n")
+        await until(lambda: service.hop.counts.get("done") == 1)
+    code, _, error = await command(road, "drop", "999")
+    assert code == 2 and "no letter 999" in error
+    assert (await command(road, "drop", "--all", "--reason", "grader_failed"))[:2] == (0, "1 letter dropped\n")
+    assert not await road.letters() and [sample.id for sample in await road.samples()] == [twice.id]
+
+
+async def test_without_bubblewrap_a_service_that_needs_it_does_not_start(road, process):
+    service = process(grader="code", sandbox={"packages": ["no-such-package"]})
+    assert await asyncio.to_thread(service.wait, 30) == 3
+    assert "pip install no-such-package" in log(road)
 
 
 async def test_sigterm_drains_within_five_seconds_and_gives_back_what_it_has_not_finished(road, process):

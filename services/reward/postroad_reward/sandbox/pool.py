@@ -56,15 +56,20 @@ class Sandbox:
         self._warm = min(size, os.cpu_count() or 1)
         self._idle: list[Slot] = []
         self._slots: set[Slot] = set()
+        self._starting, self._started = asyncio.Lock(), False
 
     async def start(self) -> None:
-        """Start the warm ones. Raises SandboxUnavailable where this machine can't isolate code: there is no weaker way."""
-        for _ in range(self._warm):
-            self._idle.append(await self._start())
-        probe = await self.run(Job(PROBE))
-        if probe.stdout != PROBED:
-            await self.close()
-            raise SandboxUnavailable(f"the sandbox does not isolate: {probe.stdout}{probe.stderr}. {REMEDY}")
+        """Start the warm ones; the first job does so, where nobody did before. Raises SandboxUnavailable where this
+        machine can't isolate code: there is no weaker way."""
+        async with self._starting:
+            if self._started:
+                return
+            slots = [await self._start() for _ in range(self._warm)]
+            probe = await slots[0].run(Job(PROBE))
+            if probe.stdout != PROBED:
+                await self.close()
+                raise SandboxUnavailable(f"the sandbox does not isolate: {probe.stdout}{probe.stderr}. {REMEDY}")
+            self._idle, self._started = slots, True
 
     async def run(self, job: Job) -> Result:
         """Raises SandboxLost where the sandbox itself failed. A cancelled job is killed."""
@@ -87,6 +92,8 @@ class Sandbox:
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[Slot]:
+        if not self._started:
+            await self.start()
         async with self._room:
             slot, healthy = await self._take(), False
             try:
