@@ -84,6 +84,8 @@ async def serve_and_pull(nats_url: str, redis_url: str, folder: Path, seconds: f
             await asyncio.sleep(3)
             first, ticks = await _rates(client, publisher, tensors, seconds)
             for task in load:
+                if task.done():
+                    task.result()
                 task.cancel()
             await asyncio.gather(*load, return_exceptions=True)
         engines = await store.members("engine")
@@ -120,7 +122,7 @@ async def _ready(store: Store) -> str:
 async def _generate(client: httpx.AsyncClient, number: int) -> None:
     """Requests without an end, one after another."""
     while True:
-        parameters = {"max_new_tokens": 400, "temperature": 1.0, "ignore_eos": True, "sampling_seed": number}
+        parameters = {"max_new_tokens": 120, "temperature": 1.0, "ignore_eos": True, "sampling_seed": number}
         answer = await client.post(
             "/generate", json={"input_ids": [1, 2, 3, 4 + number], "sampling_params": parameters}
         )

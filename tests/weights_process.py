@@ -15,7 +15,7 @@ from postroad.bus import Bus
 from postroad.store import Store
 from postroad.weights import Publisher, Puller, Snapshot, WeightsError, protocol, publisher, puller, relay, slices
 
-LEASE_S = 0.8
+LEASE_S = 2.0
 BUCKET_BYTES = 64 * 1024
 ROWS = 1024
 RUN, KEY = "chaos", "chaos-key"
