@@ -16,6 +16,7 @@ from postroad.store import Store
 from postroad.weights import Holder, Manifest, Publisher, Puller, Shard, Snapshot, WeightsError, reads
 from postroad.weights import puller as puller_module
 from postroad.weights.manifest import READERS as READER_REGISTRY
+from postroad.weights.manifest import RELAYS
 from postroad.weights.nixl import installed
 from postroad.weights.publisher import TRANSPORTS
 from postroad.weights.slices import shard, whole, within
@@ -259,6 +260,21 @@ async def test_engines_read_from_each_other_and_a_source_has_few_readers_at_a_ti
     for engine in engines:
         assert_has(engine, manifest, 1)
         await engine.close()
+
+
+async def test_a_relay_that_lies_costs_nothing_but_its_reads(plane):
+    manifest = only(await plane.publish(1), "tcp")
+    runs = {"beyond": [[0, 99]], "nothing there": [[0, 3]], "no endpoint": [[0, 3]], "other bytes": [[0, 5]]}
+    endpoints = {
+        "beyond": [{"transport": "tcp"}], "nothing there": [{"transport": "tcp", "address": "127.0.0.1", "port": 1}],
+        "no endpoint": [{}], "other bytes": [{"transport": "shared_memory"}],
+    }  # fmt: skip
+    for name in runs:
+        source = {"name": name, "runs": runs[name], "endpoints": endpoints[name]}
+        info = {"version": 1, "digest": manifest.digest, "source": source}
+        await plane.store.register(RELAYS, name, info, 60)
+    await plane.puller.pull(manifest, deadline_s=20)
+    assert_has(plane.puller, manifest, 1)
 
 
 @pytest.mark.skipif(not installed(), reason="NIXL is not installed (postroad[rdma])")

@@ -86,6 +86,10 @@ class Puller:
                 for held in leases.values():
                     await self._store.release(held)
                 await self._store.leave(READER_REGISTRY, self.name)
+            if self._relay is not None:
+                over_nixl = "nixl" in session.moved
+                nixl = await asyncio.to_thread(self._nixl.register, self._staging.image) if over_nixl else None
+                await self._relay.offer(manifest, self._staging, nixl)
         except StoreError as error:
             raise WeightsError(f"version {manifest.version} could not be read: {error}") from error
         finally:
@@ -94,9 +98,6 @@ class Puller:
         for transport, rate in self.rates.best().items():
             RATE.labels(transport).set(rate)
         self.transport = max(session.moved, key=session.moved.__getitem__, default="nothing")
-        if self._relay is not None:
-            nixl = self._nixl.register(self._staging.image) if "nixl" in session.moved else None
-            await self._relay.offer(manifest, self._staging, nixl)
         return self.transport
 
     def tensors(self, manifest: Manifest) -> Iterator[tuple[TensorEntry, np.ndarray]]:

@@ -74,16 +74,18 @@ class SourceRead:
     def __init__(self, session: Session, source: Source) -> None:
         self._session, self._source = session, source
         self._manifest = session.pull.manifest
-        self._offsets, self._deltas = self._manifest.offsets(source)
+        self._offsets: dict[int, int] = {}
+        self._deltas: dict[int, int] = {}
         self._readers: dict[str, Reader] = {}
 
     def run(self, numbers: Sequence[int]) -> str:
         """Read buckets; why some are still missing, or "". Each transport is left at its first fault."""
         session, name = self._session, self._source.name
-        endpoints = {e["transport"]: e for e in self._source.endpoints}
+        endpoints = {str(e.get("transport")): e for e in self._source.endpoints}
         left = [t for t in session.transports if t in endpoints and t in READERS]
         faults, todo = [], list(numbers)
         try:
+            self._offsets, self._deltas = self._manifest.offsets(self._source)
             while todo and left:
                 transport = session.rates.order(name, left, time.monotonic())[0]
                 probing = len(left) > 1 and not session.rates.is_measured(name, transport)
@@ -91,11 +93,13 @@ class SourceRead:
                     if transport not in self._readers:
                         self._readers[transport] = READERS[transport](endpoints[transport], session.pull)
                     self._transfer(transport, self._first(todo) if probing else todo)
-                except (OSError, WeightsError) as error:
-                    faults.append(f"{transport}: {error}")
+                except (OSError, WeightsError, ValueError, KeyError) as error:  # the source may say what it likes
+                    faults.append(f"{transport}: {error or error!r}")
                     session.rates.failed(name, transport, time.monotonic())
                     left.remove(transport)
                 todo = [number for number in todo if number in session.reading.missing]
+        except WeightsError as error:
+            return str(error)
         finally:
             for reader in self._readers.values():
                 reader.close()
