@@ -7,25 +7,31 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from postroad_router import sessions_api
-from postroad_router.access import Access, Admission, shaped
+from postroad_router import documents, sessions_api
+from postroad_router.access import GENERATING, Access, Admission, shaped
 from postroad_router.bodies import read_body
-from postroad_router.completions import Answer, ChatAnswer, TextAnswer
+from postroad_router.completions import ChatAnswer, TextAnswer
+from postroad_router.documents import told
 from postroad_router.errors import ApiError
-from postroad_router.exchange import complete, converse
+from postroad_router.exchange import complete, converse, count
 from postroad_router.generate import forward, forward_stream
 from postroad_router.idempotency import Idempotency
+from postroad_router.messages_api import CountRequest, MessagesAnswer, MessagesRequest, chat_request
 from postroad_router.metrics import ENGINES
-from postroad_router.openai_types import CompletionRequest, read_chat, validated
+from postroad_router.openai_types import ChatRequest, CompletionRequest, GenerateRequest, read_chat, validated
 from postroad_router.parts import Parts
+from postroad_router.responses_api import ResponsesAnswer, ResponsesRequest
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +42,14 @@ routes = APIRouter()
 
 
 def create_app(parts: Parts) -> FastAPI:
-    app = FastAPI(title="postroad router", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="postroad router", docs_url=None, redoc_url=None, openapi_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # Access has the span; four are too many
+    )  # fmt: skip
     app.state.parts = parts
+    for route in routes.routes:  # FastAPI's own way to these costs a fifth of a millisecond
+        if isinstance(route, APIRoute) and route.path in GENERATING:
+            app.router.routes.append(Route(route.path, route.endpoint, methods=["POST"]))
     app.include_router(routes)
     app.include_router(sessions_api.routes)
     app.add_middleware(Admission, limit=parts.dispatcher.settings.concurrency)
@@ -49,27 +61,66 @@ def create_app(parts: Parts) -> FastAPI:
     return app
 
 
-@routes.post("/v1/chat/completions")
+@routes.post("/v1/chat/completions", openapi_extra=told(ChatRequest, documents.ChatCompletion))
 async def chat_completions(request: Request) -> Response:
     exchange = await converse(request.app.state.parts, read_chat(await read_body(request)), request.state.caller)
     return await _answer(request, ChatAnswer(exchange))
 
 
-@routes.post("/v1/completions")
+@routes.post("/v1/completions", openapi_extra=told(CompletionRequest, documents.TextCompletion))
 async def completions(request: Request) -> Response:
     exchange = await complete(request.app.state.parts, validated(CompletionRequest, await read_body(request)))
     return await _answer(request, TextAnswer(exchange))
 
 
-@routes.post("/generate")
+@routes.post("/v1/messages", openapi_extra=told(MessagesRequest, documents.AnthropicMessage))
+async def messages(request: Request) -> Response:
+    """Anthropic's Messages API."""
+    chat = chat_request(await read_body(request))
+    return await _answer(request, MessagesAnswer(await converse(request.app.state.parts, chat, request.state.caller)))
+
+
+@routes.post("/v1/messages/count_tokens", openapi_extra=told(CountRequest, documents.TokenCount))
+async def count_tokens(request: Request) -> dict[str, int]:
+    chat = chat_request(await read_body(request), CountRequest)
+    return {"input_tokens": await count(request.app.state.parts, chat)}
+
+
+@routes.post("/v1/responses", openapi_extra=told(ResponsesRequest, documents.OpenAIResponse))
+async def responses(request: Request) -> Response:
+    """OpenAI's Responses API."""
+    parts, caller = request.app.state.parts, request.state.caller
+    answer = await ResponsesAnswer.open(await read_body(request), parts.responses, caller.identity.name)
+    answer.exchange = await converse(parts, answer.asked, caller)
+    return await _answer(request, answer)
+
+
+@routes.get("/v1/responses/{name}")
+async def response(request: Request, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = await request.app.state.parts.responses.response(name, request.state.caller.identity.name)
+    return found
+
+
+@routes.delete("/v1/responses/{name}")
+async def delete_response(request: Request, name: str) -> dict[str, Any]:
+    await request.app.state.parts.responses.delete(name, request.state.caller.identity.name)
+    return {"id": name, "object": "response", "deleted": True}
+
+
+@routes.post("/generate", openapi_extra=told(GenerateRequest, documents.Generation))
 async def generate(request: Request) -> Response:
     """SGLang's own contract: the body goes to an engine as it is."""
     parts: Parts = request.app.state.parts
     body = await read_body(request)
-    if body.get("stream"):
+    if validated(GenerateRequest, body).stream:
         return await EventStream.start(request, forward_stream(parts.dispatcher, parts.client, body))
     answer = forward(parts.dispatcher, parts.client, body)
     return Response(await until_gone(request.receive, answer), media_type="application/json")
+
+
+@routes.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> dict[str, Any]:
+    return documents.document(request.app)
 
 
 @routes.get("/v1/models")
@@ -123,17 +174,28 @@ async def metrics(request: Request) -> Response:
 # ── bodies, streams and clients that leave ───────────────────────────────────────────────────────────────────────
 async def until_gone(receive: Receive, work: Awaitable[Result]) -> Result:
     """The result of `work`, which is cancelled where the client leaves before it is done."""
-    working = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    def leave(_: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if not over:
+            gone = True
+            task.cancel()
+
+    over = False
     leaving = asyncio.ensure_future(_gone(receive))
+    leaving.add_done_callback(leave)
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ApiError(CLIENT_GONE, "the client closed the connection", code="client_gone")
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if not gone or task.uncancel():
+            raise
+        raise ApiError(CLIENT_GONE, "the client closed the connection", code="client_gone") from None
     finally:
+        over = True
         leaving.cancel()
-        working.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
@@ -169,10 +231,21 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _answer(request: Request, answer: Answer) -> Response:
+class Written(Protocol):
+    """An answer in the shape of one API."""
+
+    asked: Any
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def events(self) -> AsyncGenerator[bytes, None]: ...
+
+
+async def _answer(request: Request, answer: Written) -> Response:
     if answer.asked.stream:
         return await EventStream.start(request, answer.events())
-    return JSONResponse(await until_gone(request.receive, answer.whole()))
+    whole = orjson.dumps(await until_gone(request.receive, answer.whole()))
+    return Response(whole, media_type="application/json")
 
 
 def _model(parts: Parts, name: str) -> dict[str, Any]:

@@ -127,6 +127,16 @@ async def converse(parts: Parts, chat: ChatRequest, caller: Caller) -> Exchange:
     return Exchange(parts, chat, [prompt.tokens], choices, place)
 
 
+async def count(parts: Parts, chat: ChatRequest) -> int:
+    """Tokens of the prompt."""
+    check(parts, chat)
+    try:
+        prompt = await anew(Asked(plain_messages(chat.messages), chat.plain_tools, chat.variables), parts.junctions)
+    except (TemplateError, UnicodeEncodeError) as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_messages") from error
+    return len(prompt.tokens)
+
+
 def _placed(request: GenerationRequest, place: Place, parts: Parts) -> GenerationRequest:
     """With what the session wants: its engine, its version, and the experts that it does not know yet."""
     experts = request.routed_experts or parts.capture

@@ -150,7 +150,9 @@ class Idempotency:
 def _broken(body: bytes, kind: bytes) -> bool:
     """Whether a stream ended with an error."""
     last = body.rstrip().rpartition(b"\n\n")[2]
-    return kind.startswith(b"text/event-stream") and (b"event: error" in last or last.startswith(b'data: {"error"'))
+    return kind.startswith(b"text/event-stream") and (
+        b"event: error" in last or b"event: response.failed" in last or last.startswith(b'data: {"error"')
+    )
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:

@@ -111,8 +111,17 @@ class SamplingFields(Open):
         return ""
 
 
+AnyMessage = Annotated[
+    dict[str, Any],
+    Field(json_schema_extra={"required": ["role"], "properties": {
+        "role": {"type": "string", "examples": ["user"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
+    }}),
+]  # fmt: skip
+
+
 class ChatRequest(SamplingFields):
-    messages: list[dict[str, Any]] = Field(
+    messages: list[AnyMessage] = Field(
         min_length=1, max_length=MAX_MESSAGES, examples=[[{"role": "user", "content": "Hello"}]]
     )
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN)
@@ -197,6 +206,20 @@ class CompletionRequest(SamplingFields):
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
+
+
+class GenerateRequest(BaseModel):
+    """SGLang's body, as far as the router looks at it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    input_ids: list[Annotated[int, Field(ge=0, le=MAX_TOKEN)]] | list[list[int]] | None = Field(
+        None, examples=[[1, 2, 3]]
+    )
+    text: str | list[str] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = Field(None, examples=[{"max_new_tokens": 16}])
+    stream: bool = False
+    return_logprob: bool | list[bool] | None = None
+    return_routed_experts: bool | None = None
 
 
 def read_chat(body: dict[str, Any]) -> ChatRequest:

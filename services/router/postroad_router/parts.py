@@ -13,6 +13,7 @@ from postroad_router.engines import Engines
 from postroad_router.families import FAMILIES, Family
 from postroad_router.keys import Keys
 from postroad_router.model import ModelFacts, read_model
+from postroad_router.responses_store import ResponsesStore
 from postroad_router.sessions.junction import Junctions
 from postroad_router.sessions.store import SessionStore
 from postroad_router.sessions.trajectories import Collector
@@ -35,6 +36,7 @@ class Parts:
     client: EngineClient
     dispatcher: Dispatcher
     sessions: SessionStore
+    responses: ResponsesStore
     started: int = field(default_factory=lambda: int(time.time()))
     capture: bool = False  # routed experts, in every session
     draining: bool = False
@@ -61,5 +63,6 @@ def build_parts(environment: Environment, recipe: Recipe, engines: Engines) -> P
         template=load_template(environment.model, recipe.model.chat_template),
         client=client, dispatcher=Dispatcher(engines, client, recipe.router, model, vocabulary.decode),
         sessions=SessionStore(engines.store, recipe.router.session_ttl_s, recipe.router.session_bytes),
+        responses=ResponsesStore(engines.store, recipe.router.session_ttl_s),
         capture=recipe.rollout.routed_experts and bool(model.experts),
     )  # fmt: skip

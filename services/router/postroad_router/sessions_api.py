@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from postroad.messages import SchemaError, Task, decode, encode
 from postroad_router.access import Caller, check_session_name
 from postroad_router.bodies import read_body, read_msgpack
+from postroad_router.documents import told
 from postroad_router.errors import ApiError
 from postroad_router.openai_types import validated
 from postroad_router.parts import Parts
@@ -44,7 +45,7 @@ class NewKey(BaseModel):
     ttl_s: Annotated[float, Field(gt=0, le=3.2e8)] = 30 * 86_400.0
 
 
-@routes.post("/sessions")
+@routes.post("/sessions", openapi_extra=told(NewSession))
 async def create_session(request: Request) -> dict[str, Any]:
     parts, caller = _known(request)
     asked = validated(NewSession, await read_body(request))
@@ -83,7 +84,7 @@ async def delete_session(request: Request, name: str) -> Response:
     return Response(status_code=204)
 
 
-@routes.post("/sessions/{name}/trajectories")
+@routes.post("/sessions/{name}/trajectories", openapi_extra=told(Collection, kind="application/msgpack"))
 async def collect(request: Request, name: str) -> Response:
     """Trajectories as encoded messages, in a msgpack list."""
     parts = await _allowed(request, name)
@@ -98,7 +99,7 @@ async def collect(request: Request, name: str) -> Response:
     return Response(msgpack.packb([encode(trajectory) for trajectory in found]), media_type="application/msgpack")
 
 
-@routes.post("/keys")
+@routes.post("/keys", openapi_extra=told(NewKey))
 async def create_key(request: Request) -> dict[str, str]:
     parts, _ = _known(request)
     asked = validated(NewKey, await read_body(request))
