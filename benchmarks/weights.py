@@ -61,12 +61,14 @@ def tell(links: Links, serving: Serving, as_json: bool) -> int:
     )
     for name in links.rates:
         print(f"  {name:14s} {links.median(name):5.2f} GB/s")
+    print(f"  frozen (copied and checksummed) in {links.freeze_s:.2f} s, in memory that was not there before")
     ratios = {name: links.ratio(*name.split(" of ")) for name in ("tcp of bare tcp", "nixl of bare nixl, shared")}
     private = links.ratio("nixl", "bare nixl, private")
     print(f"  nixl is {private:.2f} of bare NIXL between private memory, which has huge pages")
     figures: dict[str, Any] = {
         "rates_gb_s": {name: links.median(name) for name in links.rates},
         "ratios": ratios | {"nixl of bare nixl, private": private},
+        "freeze_s": links.freeze_s,
         "extra_memory_mb": links.growth_bytes / 1e6,
         "serving": serving.figures(),
         "load": load,

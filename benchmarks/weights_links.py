@@ -36,6 +36,7 @@ class Links:
 
     rates: dict[str, list[float]] = field(default_factory=dict)
     growth_bytes: int = 0
+    freeze_s: float = 0.0
 
     def add(self, name: str, seconds: float) -> None:
         self.rates.setdefault(name, []).append(SIZE_BYTES / seconds / 1e9)
@@ -63,8 +64,12 @@ def _plane_source(pipe: Connection, nats_url: str, redis_url: str) -> None:
         bus, store = await Bus.connect(nats_url, RUN), await Store.connect(redis_url, RUN)
         publisher = Publisher(bus, store, KEY, transports=TRANSPORTS)
         await publisher.start()
-        await publisher.publish(await asyncio.to_thread(Snapshot.freeze, RUN, 1, _tensors(1)), "d1")
-        pipe.send("published")
+        tensors = _tensors(1)
+        started = time.monotonic()
+        snapshot = await asyncio.to_thread(Snapshot.freeze, RUN, 1, tensors)
+        frozen = time.monotonic()
+        await publisher.publish(snapshot, "d1")
+        pipe.send(frozen - started)
         await asyncio.to_thread(pipe.recv)
         await publisher.close()
 
@@ -93,6 +98,13 @@ def _nixl_agent(module: str, name: str, memory: str) -> tuple[Any, np.ndarray]:
     import importlib
 
     nixl = importlib.import_module(module)
+    make_agent = nixl.nixlBind.nixlAgent
+
+    def paced(agent_name: str, config: Any) -> Any:  # or its threads would take both cores from whoever is measured
+        config.pthrDelay = 1000
+        return make_agent(agent_name, config)
+
+    nixl.nixlBind.nixlAgent = paced
     agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
     buffer = Image(name, SIZE_BYTES).bytes if memory == "shared" else np.empty(SIZE_BYTES, dtype=np.uint8)
     buffer[:] = 1
@@ -161,7 +173,7 @@ async def measure(nats_url: str, redis_url: str, rounds: int) -> Links:
     store, links = await Store.connect(redis_url, RUN), Links()
     pullers = {transport: Puller(store, KEY, transports=[transport]) for transport in ("tcp", "nixl", "shared_memory")}
     try:
-        plane.receive()
+        links.freeze_s = plane.receive()
         port = bare.receive()
         for memory, reader in readers.items():
             reader.pipe.send(sources[memory].receive())

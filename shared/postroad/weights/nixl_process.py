@@ -24,6 +24,7 @@ import numpy as np
 BATCH_BYTES = 16 * 1024 * 1024
 IN_FLIGHT = 4
 POLL_S = 0.0002
+PROGRESS_US = 1000  # 2 % of a core when idle
 MESSAGE_BYTES = 128 * 1024
 
 
@@ -32,6 +33,13 @@ class Agent:
 
     def __init__(self) -> None:
         module = importlib.import_module(sys.argv[2])
+        make_agent = module.nixlBind.nixlAgent
+
+        def paced(name: str, config: Any) -> Any:  # NIXL's own API sets 0: a progress thread that takes a whole core
+            config.pthrDelay = PROGRESS_US
+            return make_agent(name, config)
+
+        module.nixlBind.nixlAgent = paced
         config = module.nixl_agent_config(backends=["UCX"])
         self._nixl = module.nixl_agent(f"postroad-{os.uname().nodename}-{os.getpid()}", config)
         self._memory: dict[str, tuple[mmap.mmap, Any]] = {}
