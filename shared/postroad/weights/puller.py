@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -67,10 +68,12 @@ class Puller:
         try:
             if self._relay is not None:
                 await self._relay.withdraw()
-            leases[""] = lease = await self._store.acquire(f"weights.reader.{self.name}", self._holder, LEASE_S)
-            await self._store.register(READER_REGISTRY, self.name, {"version": manifest.version}, LEASE_S)
+            leases[""], _ = await asyncio.gather(
+                self._store.acquire(f"weights.reader.{self.name}", self._holder, LEASE_S),
+                self._store.register(READER_REGISTRY, self.name, {"version": manifest.version}, LEASE_S),
+            )
             missing = self._staging.prepare(manifest)
-            self._reading.begin(manifest.stamp, missing, lease.token, time.monotonic(), deadline_s)
+            self._reading.begin(manifest.stamp, missing, leases[""].token, time.monotonic(), deadline_s)
             end = self._reading.deadline
             pull = Pull(manifest, self._key, self._staging.image, self._stall_s, end, self._nixl)
             session = Session(pull, self._staging, self._reading, self.rates, self._transports)
@@ -83,9 +86,8 @@ class Puller:
                     MOVED.labels(transport).inc(size)
                 renewing.cancel()
                 await asyncio.wait({renewing})
-                for held in leases.values():
-                    await self._store.release(held)
-                await self._store.leave(READER_REGISTRY, self.name)
+                releases = [self._store.release(held) for held in leases.values()]
+                await asyncio.gather(*releases, self._store.leave(READER_REGISTRY, self.name))
             if self._relay is not None:
                 over_nixl = "nixl" in session.moved
                 nixl = await asyncio.to_thread(self._nixl.register, self._staging.image) if over_nixl else None
@@ -140,19 +142,17 @@ class Puller:
 
     async def _slots(self, sources: Sequence[Source], leases: dict[str, Lease]) -> list[Source]:
         """Those of `sources` that have a free slot for one more reader; the slots are then held by this one."""
-        granted = []
-        for source in random.sample(list(sources), len(sources)):
+
+        async def take(source: Source) -> bool:
             for slot in random.sample(range(READS_PER_SOURCE), READS_PER_SOURCE):
-                try:
+                with contextlib.suppress(LeaseLost):
                     name = f"weights.slot.{source.name}.{slot}"
                     leases[source.name] = await self._store.acquire(name, self._holder, LEASE_S)
-                except LeaseLost:
-                    continue
-                granted.append(source)
-                break
-            if len(granted) == SOURCES_PER_READER:
-                break
-        return granted
+                    return True
+            return False
+
+        asked = random.sample(list(sources), min(len(sources), SOURCES_PER_READER))
+        return [source for source, taken in zip(asked, await asyncio.gather(*map(take, asked)), strict=True) if taken]
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
     async def _rounds(self, session: Session, leases: dict[str, Lease]) -> None:
@@ -174,7 +174,7 @@ class Puller:
             reads = {name: SourceRead(session, granted[name]) for name in plan}
             told_by = await asyncio.gather(*(asyncio.to_thread(reads[name].run, plan[name]) for name in plan))
             faults |= {name: fault for name, fault in zip(plan, told_by, strict=True) if fault}
-            for name in granted:
-                await self._store.release(leases.pop(name))
+            if self._reading.state == "reading":  # otherwise they go with the lease of the pull
+                await asyncio.gather(*(self._store.release(leases.pop(name)) for name in granted))
         if self._reading.state != "verified":
             raise WeightsError(f"version {manifest.version} was given up")
