@@ -1,4 +1,4 @@
-"""`postroad recipe check` and `postroad recipe reference`."""
+"""`postroad recipe check`, `postroad recipe reference` and `postroad recipe plan`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import typer
 
 from postroad.command.folders import Commands
 from postroad.command.grader import check_grader
+from postroad.command.planning import plan
 from postroad.config import Recipe, load_recipe
 from postroad.config.reference import reference as reference_page
 from postroad.supervisor.plan import services
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Look at recipes.")
+
+app.command()(plan)
 
 
 @app.command()
