@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from postroad.command import chatting, dead, doctoring, looking, reading, recipes, running
+from postroad.command import chatting, dead, doctoring, looking, reading, recipes, running, templates
 from postroad.command.folders import Commands
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("chat")(chatting.chat)
 app.command("doctor")(doctoring.doctor)
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(dead.app, name="dead")
+app.add_typer(templates.app, name="template")
 
 if __name__ == "__main__":
     app()

@@ -48,9 +48,9 @@ class Junctions:
             variables={**self._family.variables, **variables},
         )  # fmt: skip
 
-    def after(self, answer: Message, thought: bool, last: int, new: Sequence[Message], asked: Asked) -> Junction | None:
-        """What lies between `answer`, whose last token is `last`, and the model's next words; None where the template
-        rewrites what came before. `thought`: the conversation has reasoning in it."""
+    def after(self, answer: Message, thought: bool, end: str, new: Sequence[Message], asked: Asked) -> Junction | None:
+        """What lies between `answer` and the model's next words; None where the template rewrites what came before.
+        `end` is the answer's last token where that is a special one; `thought`: the conversation has reasoning in it."""
         stand_in: Message = {"role": "assistant", "content": "" if answer.get("tool_calls") else "0"}
         if thought:
             stand_in["reasoning_content"] = "0"
@@ -59,13 +59,12 @@ class Junctions:
         try:
             before = self.render([USER, stand_in], asked.tools, asked.variables, prompt=False)
             after = self.render([USER, stand_in, *new], asked.tools, asked.variables)
-            tail = self._tail(asked.variables)
+            tail = self.tail(asked.variables)
         except TemplateError:
             return None
         if not after.startswith(before):
             return None
         added = after[len(before) :]
-        end = self.vocabulary.special.get(last, "")
         if end and end in self._family.reopens:
             return Junction(tail + added, drop=1)
         closed = before.rstrip()
@@ -73,7 +72,7 @@ class Junctions:
             return Junction(before[len(closed) :] + added)
         return Junction(tail + added)
 
-    def _tail(self, variables: dict[str, Any]) -> str:
+    def tail(self, variables: dict[str, Any]) -> str:
         """What the template writes after an assistant's words."""
         name = repr(sorted(variables.items(), key=lambda item: item[0]))
         if name not in self._tails:

@@ -103,7 +103,9 @@ class Session:
             tools=asked.tools if root else None, variables=asked.variables if root else None,
             unmatched=choice.unmatched, experts_start=prompt.experts_known, experts=experts,
         )  # fmt: skip
-        return await self.store.append(self.name, self.caller, f"{self.generation or uuid.uuid4().hex}:{index}", turn, record)
+        return await self.store.append(
+            self.name, self.caller, f"{self.generation or uuid.uuid4().hex}:{index}", turn, record
+        )
 
 
 async def anew(asked: Asked, junctions: Junctions, follows: int = ROOT) -> Prompt:
@@ -118,7 +120,7 @@ async def _appended(path: list[Turn], asked: Asked, junctions: Junctions) -> Pro
     tokens = tokens_of(path)
     thought = any(each.reasoning for each in path)
     answer, new = asked.messages[turn.messages - 1], asked.messages[turn.messages :]
-    junction = junctions.after(answer, thought, int(tokens[-1]), new, asked)
+    junction = junctions.after(answer, thought, junctions.vocabulary.special.get(int(tokens[-1]), ""), new, asked)
     if junction is None:
         return None
     kept = len(tokens) - junction.drop
