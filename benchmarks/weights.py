@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, a shorter time of serving")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    rounds, seconds = (3, 10.0) if arguments.quick else (9, 30.0)
+    rounds, seconds = (3, 10.0) if arguments.quick else (11, 40.0)
     with tempfile.TemporaryDirectory(prefix="postroad-benchmark-") as name:
         folder = Path(name)
         servers = nats_server(folder / "nats", free_port(), "n"), valkey_server(folder / "valkey", free_port(), "v")

@@ -38,16 +38,13 @@ class Serving:
     alone: float
     pulling: float
     during: float
+    ratio: float  # median over the cycles: with a pull, of the time without one just before it
     pull_s: float
     every_s: float = EVERY_S
     transports: list[str] = field(default_factory=list)
 
-    @property
-    def ratio(self) -> float:
-        return self.pulling / self.alone
-
     def figures(self) -> dict[str, Any]:
-        return asdict(self) | {"ratio": self.ratio}
+        return asdict(self)
 
 
 def read_model(path: Path) -> list[tuple[str, str, tuple[int, ...], np.ndarray]]:
@@ -82,7 +79,7 @@ async def serve_and_pull(nats_url: str, redis_url: str, folder: Path, seconds: f
         async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300) as client:
             load = [asyncio.create_task(_generate(client, number)) for number in range(REQUESTS)]
             await asyncio.sleep(3)
-            first, ticks = await _rates(client, publisher, tensors, seconds)
+            alone, cycles = await _rates(client, publisher, tensors, seconds)
             for task in load:
                 if task.done():
                     task.result()
@@ -96,10 +93,12 @@ async def serve_and_pull(nats_url: str, redis_url: str, folder: Path, seconds: f
         await publisher.close()
         await store.close()
         await bus.close()
-    pulled = [rate for rate, busy in ticks if busy]
+    pulled = [rate for ticks in cycles for rate, busy in ticks if busy]
+    with_pull = [statistics.mean(rate for rate, _ in ticks) for ticks in cycles]
     return Serving(
-        manifest.size_bytes, first, statistics.mean(rate for rate, _ in ticks), statistics.mean(pulled or [0.0]),
-        len(pulled) * TICK_S / max(1, int(seconds / EVERY_S)), transports=transports,
+        manifest.size_bytes, statistics.median(alone), statistics.median(with_pull), statistics.mean(pulled or [0.0]),
+        statistics.median(b / a for a, b in zip(alone, with_pull, strict=True)), len(pulled) * TICK_S / len(cycles),
+        transports=transports,
     )  # fmt: skip
 
 
@@ -139,28 +138,26 @@ async def _tokens(client: httpx.AsyncClient) -> tuple[float, int]:
 
 async def _rates(
     client: httpx.AsyncClient, publisher: Publisher, tensors: list[Any], seconds: float
-) -> tuple[float, list[tuple[float, bool]]]:
-    """Tokens per second without pulls (halves before and after), then of every tick with them: (rate, is one pulled?)."""
-
-    async def window(length_s: float) -> float:
-        (before, _), started = await _tokens(client), time.monotonic()
-        await asyncio.sleep(length_s)
-        return ((await _tokens(client))[0] - before) / (time.monotonic() - started)
-
-    alone = [await window(seconds / 2)]
-    ticks: list[tuple[float, bool]] = []
+) -> tuple[list[float], list[list[tuple[float, bool]]]]:
+    """Tokens per second of EVERY_S without a pull, then of every tick of as long with one: (rate, is one pulled?); again
+    and again."""
+    alone: list[float] = []
+    cycles: list[list[tuple[float, bool]]] = []
     for version in range(2, 2 + int(seconds / EVERY_S)):
+        (count, _), last = await _tokens(client), time.monotonic()
+        await asyncio.sleep(EVERY_S)
+        alone.append(((await _tokens(client))[0] - count) / (time.monotonic() - last))
         await publisher.make_room()
         for *_, data in tensors:
             data[0] ^= 1  # every bucket is another one, and has to be moved
         snapshot = await asyncio.to_thread(Snapshot.freeze, RUN, version, tensors)
         (count, _), last = await _tokens(client), time.monotonic()
-        cycle = last + EVERY_S
+        end, ticks = last + EVERY_S, []
         await publisher.publish(snapshot, f"d{version}")
-        while last < cycle:
+        while last < end:
             await asyncio.sleep(TICK_S)
             (now_count, served), now = await _tokens(client), time.monotonic()
             ticks.append(((now_count - count) / (now - last), served < version))
             count, last = now_count, now
-    alone.append(await window(seconds / 2))
-    return statistics.mean(alone), ticks
+        cycles.append(ticks)
+    return alone, cycles

@@ -29,7 +29,7 @@ HEADER = struct.Struct(">q")
 KEY_IS_WRONG, RELEASED = -1, -2
 REQUEST_BYTES = 64 * 1024 * 1024
 REQUEST_RANGES = 1000
-_CHUNK_BYTES = 4 * 1024 * 1024
+_CHUNK_BYTES = 1024 * 1024  # stays in the cache
 
 
 class Wanted(NamedTuple):
