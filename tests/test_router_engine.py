@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+import msgpack
+import numpy as np
 import openai
 import pytest
 
 from postroad.bus import Bus
-from postroad.messages import EngineFeatures, RewardSpec, Sampling, Task, Trajectory
+from postroad.messages import EngineFeatures, RewardSpec, Sampling, Task, Trajectory, decode, encode
 from postroad.store import Store
 
 RUN = "generation"
@@ -88,24 +92,28 @@ def processes(tmp_path: Path, nats: Any, valkey: Any) -> Any:
 
 
 @pytest.fixture
-async def store(valkey: Any, processes: Processes) -> AsyncIterator[Store]:
-    """With two engines that a task keeps registered while their processes live."""
+async def store(valkey: Any, processes: Processes, request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    """With engines of the roles that the test's mark names (two mixed ones without it), that a task keeps registered
+    while their processes live."""
     store = await Store.connect(valkey.url, RUN)
+    mark = request.node.get_closest_marker("roles")
+    roles = {f"engine-{number}": role for number, role in enumerate(mark.args if mark else ("mixed", "mixed"))}
     urls: dict[str, str] = {}
-    for name in ("engine-0", "engine-1"):
+    for name, role in roles.items():
         processes.start(
             name, "postroad_rollout.engine.server", "--model", str(processes.folder / "model"), "--port", "0",
-            "--dtype", "float32", "--slots", "8", "--max-length", "512",
+            "--dtype", "float32", "--slots", "8", "--max-length", "512", "--role", role,
         )  # fmt: skip
-    for name in ("engine-0", "engine-1"):
+    for name in roles:
         await until(lambda name=name: "engine: http" in processes.log(name))
         urls[name] = processes.log(name).partition("engine: ")[2].split()[0]
 
     async def register() -> None:
         while not ending.done():
             for name in urls.keys() & processes.running.keys():
+                port = processes.log(name).partition("bootstrap: ")[2].split()[:1]
                 info = {"url": urls[name], "pid": processes.running[name].pid, "version": 0, "digest": "", "state": "ready",
-                        "slots": 8, "running": 0}  # fmt: skip
+                        "slots": 8, "running": 0, "role": roles[name], "bootstrap_port": int(*port)}  # fmt: skip
                 await store.register("engine", name, info, 6)
             await asyncio.wait({ending}, timeout=1)
 
@@ -162,7 +170,35 @@ async def test_an_engine_killed_in_mid_stream(processes: Processes, client: open
     assert resumed.engine != first, "the stream was over before the engine was killed"
     assert again == text and resumed.token_ids == whole.token_ids
     assert resumed.token_logprobs == pytest.approx(whole.token_logprobs, abs=1e-3)
-    assert resumed.routed_experts["shape"] == whole.routed_experts["shape"]
+    assert resumed.routed_experts["data"] == whole.routed_experts["data"] and not resumed.routed_experts["unmatched"]
+
+
+@pytest.mark.roles("prefill", "decode", "mixed")
+async def test_a_pair_is_one_engine_to_the_client(
+    processes: Processes, client: openai.AsyncOpenAI, store: Store
+) -> None:
+    """A pair, a mixed engine that goes on for a pair, and a mixed engine alone: the same tokens and experts."""
+    whole, text = await stream(client)
+    assert whole.engine == "engine-1", "the decode engine of the pair"
+    resumed, again = await stream(client, 40, lambda: processes.kill("engine-1"))
+    assert resumed.engine == "engine-2" and again == text and not resumed.routed_experts["unmatched"]
+    processes.kill("engine-0")
+    alone, once_more = await stream(client)
+    assert alone.engine == "engine-2" and once_more == text
+    assert whole.routed_experts["data"] == alone.routed_experts["data"] == resumed.routed_experts["data"]
+    assert whole.token_logprobs == pytest.approx(alone.token_logprobs, abs=1e-3)
+
+
+@pytest.mark.roles("prefill", "decode", "prefill", "mixed")
+async def test_a_dead_prefill_engine_costs_a_retry(
+    processes: Processes, client: openai.AsyncOpenAI, store: Store
+) -> None:
+    whole, text = await stream(client)
+    assert whole.engine == "engine-1"
+    for name in ("engine-0", "engine-2"):
+        processes.kill(name)
+        again, same = await stream(client)
+        assert same == text and again.engine == ("engine-1" if name == "engine-0" else "engine-3")
 
 
 async def test_a_worker_killed_in_mid_group(
@@ -202,3 +238,55 @@ async def test_a_worker_killed_in_mid_group(
         assert logged.message.routed_experts is not None and logged.message.oldest_version == 0
     assert processes.terminate("worker-1") == 0 and processes.terminate("router-0") == 0
     await bus.close()
+
+
+SHORT = "{% for m in messages %}{{ m.role[0] + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+
+
+async def test_a_session_of_fifty_turns_outlives_an_engine_and_a_router(processes: Processes, store: Store) -> None:
+    """Turns go to two replicas in turn; then an engine dies, then a replica. Not a token is lost, doubled or drifts."""
+    (processes.folder / "recipe.yaml").write_text(RECIPE.replace("model: {", f'model: {{chat_template: "{SHORT}", '))
+    for name in ("router-0", "router-1"):
+        processes.start(name, "postroad_router")
+
+    async def both() -> bool:
+        return len(await store.members("router")) == 2
+
+    await until(both)
+    urls = [info["url"] for _, info in sorted((await store.members("router")).items())]
+    agents = [openai.AsyncOpenAI(base_url=f"{url}/sessions/long/v1", api_key=KEY, timeout=60) for url in urls]
+    messages: list[Any] = []
+    before: list[int] = []
+    for turn in range(50):
+        if turn == 20:
+            processes.kill("engine-0")
+        if turn == 35:
+            processes.kill("router-0")
+        messages.append({"role": "user", "content": f"{turn % 10}"})
+        answer = await agents[1 if turn >= 35 else turn % 2].chat.completions.create(
+            model="postroad", messages=messages, max_tokens=3, temperature=0,
+            extra_body={"return_token_ids": True, "routed_experts": True, "stop_token_ids": [2]},
+        )  # fmt: skip
+        choice = answer.choices[0]
+        assert choice.prompt_token_ids[: len(before)] == before, turn
+        before = choice.prompt_token_ids + choice.token_ids
+        messages.append({"role": "assistant", "content": choice.message.content})
+    task = Task(
+        run=RUN, id="g0", prompt=messages[:1], members=1, row="r", sampling=Sampling(), deadline=time.time() + 60,
+        reward=RewardSpec(grader="exact"), features=EngineFeatures(routed_experts=True),
+    )  # fmt: skip
+    async with httpx.AsyncClient(base_url=urls[1], headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
+        body = msgpack.packb({"task": encode(task), "member": 0})
+        found = (await client.post("/sessions/long/trajectories", content=body)).content
+        (trajectory,) = [decode(each) for each in msgpack.unpackb(found)]
+        whole = await client.post("/v1/completions", json={
+            "model": "postroad", "prompt": before, "max_tokens": 1, "return_token_ids": True, "routed_experts": True,
+        })  # fmt: skip
+    assert isinstance(trajectory, Trajectory) and trajectory.tokens.tolist() == before
+    assert trajectory.metrics["turns"] == 50 and 50 <= trajectory.loss_mask.sum() <= 150
+    assert {kind: count for kind, count in trajectory.metrics.items() if kind.startswith("drift") and count} == {}
+    told = whole.json()["choices"][0]["routed_experts"]
+    rows = np.frombuffer(base64.b64decode(told["data"]), np.uint8).reshape(told["shape"])
+    assert trajectory.routed_experts is not None and (trajectory.routed_experts == rows[: len(before) - 1]).all()
+    for agent in agents:
+        await agent.close()
