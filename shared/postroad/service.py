@@ -18,12 +18,13 @@ from postroad.telemetry.logging import set_up_logging
 from postroad.telemetry.tracer import set_up_tracing
 
 FATAL = 3
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 Serve = Callable[[Environment, Recipe, asyncio.Event], Coroutine[None, None, None]]
 
 logger = logging.getLogger(__name__)
 
 
-def run_service(kind: str, serve: Serve, *fatal: type[Exception]) -> int:
+def run_service(kind: str, serve: Serve, *fatal: type[Exception], loop: LoopFactory | None = None) -> int:
     """Run `serve` until it returns; its event is set on SIGTERM or SIGINT. The exit code; `fatal` errors are told in a
     sentence and end in code 3."""
     told: tuple[type[Exception], ...] = (RecipeError, *fatal)
@@ -32,7 +33,8 @@ def run_service(kind: str, serve: Serve, *fatal: type[Exception]) -> int:
     set_up_logging(kind, environment.run, environment.log_level)
     set_up_tracing(kind, environment.run)
     try:
-        asyncio.run(_with_signals(serve, environment, load_recipe(environment.recipe)))
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(_with_signals(serve, environment, load_recipe(environment.recipe)))
     except told as error:
         logger.error("%s", error)
         print(f"{kind}: {error}", file=sys.stderr)

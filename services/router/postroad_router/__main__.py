@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
+import uvloop
+
 from postroad.config import Environment, Recipe
 from postroad.service import run_service
 from postroad_router.model import ModelFolderError
@@ -16,4 +18,4 @@ async def serve(environment: Environment, recipe: Recipe, stop: asyncio.Event) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_service("router", serve, ModelFolderError))
+    sys.exit(run_service("router", serve, ModelFolderError, loop=uvloop.new_event_loop))

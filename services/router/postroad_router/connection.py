@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -34,6 +35,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._paused = False
         self._at_end: Callable[[], None] | None = None
+        self._too_late: asyncio.TimerHandle
 
     @property
     def reusable(self) -> bool:
@@ -66,8 +68,7 @@ class Connection(asyncio.Protocol):
 
     def at_end(self, then: Callable[[], None]) -> None:
         """Call `then` once the answer is complete; after DRAIN_S the connection is cut instead."""
-        self._at_end = then
-        asyncio.get_running_loop().call_later(DRAIN_S, lambda: None if self.complete else self.abort())
+        self._at_end, self._too_late = then, asyncio.get_running_loop().call_later(DRAIN_S, self.abort)
 
     def close(self) -> None:
         self._transport.close()
@@ -81,8 +82,7 @@ class Connection(asyncio.Protocol):
 
     # ── asyncio and httptools call these ─────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         if self.complete:  # nothing was asked
@@ -119,6 +119,7 @@ class Connection(asyncio.Protocol):
         if not self._parser.should_keep_alive():
             self._transport.close()
         if self._at_end is not None:
+            self._too_late.cancel()  # else it would cut the next answer
             then, self._at_end = self._at_end, None
             then()
 

@@ -7,8 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import replace
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,10 +51,14 @@ class Dispatcher:
             wanted = Wanted(prompt, tokens, request.minimum_version, request.version, request.session, tried)
             route = await self.choose(wanted, deadline_s)
             engine_name = route.engine.name
+            body = splice.begin()
             try:
-                async with aclosing(self._part(route, splice, tokens, deadline_s)) as part:
-                    async for chunk in part:
-                        yield chunk
+                async with self.open(route, body, tokens, deadline_s, accept=f"{MSGPACK}, {EVENTS}") as response:
+                    while chunks := await self._next(splice, response, engine_name):
+                        for chunk in chunks:
+                            yield chunk
+                    if splice.finish is None or (not splice.complete and body["sampling_params"]["max_new_tokens"] == 0):
+                        raise EngineFailure("garbage", f"{engine_name} ended without tokens or experts that were asked for")
             except TimeoutError as error:
                 raise timed_out(request.timeout_s) from error
             except EngineRefusal as refusal:
@@ -72,23 +75,30 @@ class Dispatcher:
             unmatched=tuple(sorted(splice.unmatched)),
         )  # fmt: skip
 
-    async def _part(
-        self, route: Route, splice: Splice, tokens: int, deadline_s: float
-    ) -> AsyncGenerator[TokenChunk, None]:
-        """What one engine, or a pair, generates."""
-        body, name = splice.begin(), route.engine.name
-        async with self.open(route, body, tokens, deadline_s, accept=f"{MSGPACK}, {EVENTS}") as response:
-            async with aclosing(response.chunks()) as chunks:
-                async for raw in chunks:
-                    chunk = splice.accept(raw, name)
-                    TOKENS.inc(len(chunk.tokens))
-                    if chunk.tokens:
-                        yield replace(chunk, finish=None) if chunk.finish else chunk
-                    response.ending = raw["meta_info"].get("finish_reason") is not None
-                    if splice.finish is not None and (splice.complete or not response.ending):
-                        break  # complete, or a stop string that only the splice sees
-            if splice.finish is None or (not splice.complete and body["sampling_params"]["max_new_tokens"] == 0):
-                raise EngineFailure("garbage", f"{name} ended without tokens or routed experts that were asked for")
+    async def _next(self, splice: Splice, response: Response, engine: str) -> list[TokenChunk]:
+        """What the engine generates next; nothing once it has done all that it can."""
+        while not response.done:
+            chunks: list[TokenChunk] = []
+            raws = await response.chunks()
+            response.done = not raws
+            for raw in raws:
+                try:
+                    chunk = splice.accept(raw, engine)
+                except EngineFailure as failure:
+                    if not chunks:
+                        raise
+                    response.failure = failure  # after what has been accepted
+                    break
+                if chunk.tokens:
+                    chunks.append(chunk)
+                response.ending = raw["meta_info"].get("finish_reason") is not None
+                if splice.finish is not None and (splice.complete or not response.ending):
+                    response.done = True  # complete, or a stop string that only the splice sees
+                    break
+            if chunks:
+                TOKENS.inc(sum(len(chunk.tokens) for chunk in chunks))
+                return chunks
+        return []
 
     @asynccontextmanager
     async def open(

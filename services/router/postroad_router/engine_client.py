@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +31,10 @@ class Response:
 
     def __init__(self, client: EngineClient, url: str, connection: Connection, deadline_s: float) -> None:
         self._client, self._url, self._connection, self._deadline_s = client, url, connection, deadline_s
-        self.ending = False  # set where nothing of interest is to come
+        self.ending = False  # set where nothing of interest is to come, and the connection can be kept
+        self.done = False  # set where no more is wanted
+        self.failure: EngineFailure | None = None  # what the next call of `chunks` raises
+        self._rest = b""
 
     async def read(self) -> bytes:
         """The next bytes; none at the end. Raises EngineFailure and TimeoutError."""
@@ -46,20 +49,23 @@ class Response:
                 raise EngineFailure("garbage", f"{self._url} sent an answer of more than {ANSWER_BYTES} bytes")
         return b"".join(parts)
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed generation."""
-        split, rest = (_frames if self._connection.content_type == MSGPACK else _events), b""
-        while data := await self.read():
-            payloads, rest = split(rest + data if rest else data, self._url)
-            if len(rest) > EVENT_BYTES:
+    async def chunks(self) -> list[dict[str, Any]]:
+        """The next chunks of a streamed generation; none at the end."""
+        if self.failure is not None:
+            raise self.failure
+        while not self.ending and (data := await self.read()):
+            split = _frames if self._connection.content_type == MSGPACK else _events
+            payloads, self._rest = split(self._rest + data if self._rest else data, self._url)
+            if len(self._rest) > EVENT_BYTES:
                 raise EngineFailure("garbage", f"{self._url} sent an event of more than {EVENT_BYTES} bytes")
-            for payload in payloads:
-                if payload is DONE:
-                    self.ending = True
-                    return
-                yield payload
-        if split is _events:
+            if payloads and payloads[-1] is DONE:
+                self.ending = True
+                payloads.pop()
+            if payloads:
+                return payloads
+        if not self.ending and self._connection.content_type != MSGPACK:
             raise EngineFailure("dropped", f"{self._url} closed the connection before the end")
+        return []
 
 
 class EngineClient:
@@ -84,7 +90,7 @@ class EngineClient:
                         await connection.changed()
                     return connection.status == 200
                 finally:
-                    self._connections.give_back(url, connection)
+                    self._connections.give_back(url, connection, ending=connection.status is not None)
         except (TimeoutError, OSError):
             return False
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
 from redis.exceptions import RedisError
 
-from postroad.config import Environment, Recipe
+from postroad.config import Environment, Recipe, RecipeError
 from postroad.store import Store, StoreError
 from postroad_router.api import create_app
 from postroad_router.engine_client import EngineClient
@@ -50,7 +52,9 @@ class RouterService:
             backlog=2048,
             reuse_port=True,  # replicas share a port
         )
-        self.url = f"http://{environment.advertise or environment.host}:{listening.getsockname()[1]}"
+        tls = self.recipe.router
+        scheme, host = "https" if tls.tls_certificate else "http", environment.advertise or environment.host
+        self.url = f"{scheme}://{host}:{listening.getsockname()[1]}"
         store = await Store.connect(environment.redis_url, environment.run)
         client = EngineClient(environment.key)
         engines = Engines(store, client)
@@ -59,8 +63,15 @@ class RouterService:
             config = uvicorn.Config(
                 create_app(parts), log_config=None, access_log=False, lifespan="off", ws="none",
                 timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=KEEP_ALIVE_S, server_header=False,
+                ssl_certfile=tls.tls_certificate, ssl_keyfile=tls.tls_key,
             )  # fmt: skip
+            try:
+                config.load()
+            except (OSError, ssl.SSLError) as error:
+                raise RecipeError(f"router.tls_certificate and router.tls_key can't be used: {error}") from error
             server = _Server(config)
+            gc.collect()
+            gc.freeze()  # what is there now stays: no collection needs to look at it while tokens wait
             async with asyncio.TaskGroup() as group:
                 polling, beat = group.create_task(engines.run()), group.create_task(self._heartbeat(store, stop))
                 serving = group.create_task(server.serve(sockets=[listening]))

@@ -117,7 +117,7 @@ class StubEngine:
 
     async def _stream(self, request: web.Request, response: web.StreamResponse, body: dict[str, Any]) -> None:
         sampling, prompt = body["sampling_params"], body["input_ids"]
-        start = max(place for place, token in enumerate(prompt) if token == IDS["\n"]) + 1
+        start = max((place for place, token in enumerate(prompt) if token == IDS["\n"]), default=-1) + 1
         tokens: list[int] = []
         entries: list[list[Any]] = []
         finish: dict[str, Any] | None = None
@@ -173,6 +173,7 @@ class Mesh:
     service: RouterService
     client: openai.AsyncOpenAI
     engines: dict[str, StubEngine] = field(default_factory=dict)
+    verify: Any = True
 
     async def add(self, engine: StubEngine, **info: Any) -> StubEngine:
         await engine.start()
@@ -189,7 +190,9 @@ class Mesh:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
 
     def http(self, key: str = KEY) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20)
+        return httpx.AsyncClient(
+            base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=20, verify=self.verify
+        )
 
     async def known(self) -> dict[str, dict[str, Any]]:
         async with self.http() as client:
@@ -230,21 +233,22 @@ async def start_router(environment: Environment) -> AsyncIterator[Callable[..., 
     """Starts routers with the given settings of the recipe's `router` section."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(**settings: Any) -> Mesh:
+        async def start(verify: Any = True, **settings: Any) -> Mesh:
             name = f"router-{len(started)}"
             started.append(name)
             stop = asyncio.Event()
             service = RouterService(replace(environment, name=name), recipe(**settings))
             running = asyncio.create_task(service.run(stop))
             store = await Store.connect(environment.redis_url, RUN)
-            mesh = Mesh("", store, service, client=None)  # type: ignore[arg-type]
+            mesh = Mesh("", store, service, client=None, verify=verify)  # type: ignore[arg-type]
 
             async def end() -> None:
                 stop.set()
-                await asyncio.wait_for(running, 15)
+                await asyncio.gather(asyncio.wait_for(running, 15), return_exceptions=not mesh.url)
                 for engine in mesh.engines.values():
                     await engine.stop()
-                await mesh.client.close()
+                if mesh.client is not None:
+                    await mesh.client.close()
                 await store.close()
 
             stack.push_async_callback(end)

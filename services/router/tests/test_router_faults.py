@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ssl
 import time
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import openai
 import pytest
 
+from postroad.config import RecipeError
+from postroad_router import connection
 from postroad_router.engine_client import EngineClient
 from postroad_router.errors import EngineFailure
 
@@ -215,7 +218,10 @@ async def test_a_silent_engine_is_waited_for_only_while_it_answers_probes(stub_e
 
     async def read() -> int:
         async with client.post(engine.url, body, time.monotonic() + 20) as response:
-            return len([chunk async for chunk in response.chunks()])
+            count = 0
+            while chunks := await response.chunks():
+                count += len(chunks)
+            return count
 
     patient = asyncio.create_task(read())
     await until(lambda: engine.probes >= 3)
@@ -253,3 +259,81 @@ async def test_a_passed_through_generation_is_retried_too(
         answer = await client.post("/generate", json=body)
     assert answer.status_code == 200 and len(first.requests) == len(second.requests) == 1
     assert ('"engine": "b"' in answer.text) is not stream
+
+
+async def test_one_version_alone_can_be_asked_for(mesh: Any, stub_engine: Any, until: Any) -> None:
+    old, new = await broken_and_whole(mesh, stub_engine, until)
+    for version, engine in ((1, old), (2, new)):
+        for _ in range(2):
+            choice = (await ask(mesh, max_tokens=2, extra_body={"version": version, "return_token_ids": True})).choices[
+                0
+            ]
+            assert choice.engine == engine.name and choice.versions == [[0, 2, version]]
+    named = {"X-Postroad-Version": "2"}
+    choice = (await ask(mesh, max_tokens=2, extra_headers=named, extra_body={"return_token_ids": True})).choices[0]
+    assert choice.engine == "b"
+    old.version = 2
+    await mesh.register(old)
+
+    async def seen() -> bool:
+        return (await mesh.known())["a"]["version"] == 2
+
+    await until(seen)
+    started = time.monotonic()
+    with pytest.raises(openai.ConflictError) as caught:
+        await ask(mesh, extra_body={"version": 1})
+    assert caught.value.code == "version_gone" and time.monotonic() - started < 5, "there is nothing to wait for"
+
+
+async def test_a_switch_within_a_generation_of_one_version(mesh: Any, stub_engine: Any, until: Any) -> None:
+    """What came before the switch is kept, and another engine that still has the version goes on."""
+    first, second = await broken_and_whole(mesh, stub_engine, until)
+    second.version = 1
+    await mesh.register(second)
+
+    async def seen() -> bool:
+        return (await mesh.known())["b"]["version"] == 1
+
+    await until(seen)
+    original = first._chunk
+
+    def switching(body: Any, tokens: Any, entries: Any, finish: Any) -> Any:
+        chunk = original(body, tokens, entries, finish)
+        if len(tokens) > 3:
+            chunk["meta_info"]["weight_versions"] = [[0, 3, 1], [3, len(tokens), 2]]
+        return chunk
+
+    first._chunk = switching
+    choice = (await ask(mesh, max_tokens=8, extra_body={"version": 1, "return_token_ids": True})).choices[0]
+    assert choice.versions == [[0, 8, 1]] and choice.engine == "b"
+    assert len(second.requests[0]["input_ids"]) == PROMPT_TOKENS + 3
+
+
+async def test_a_kept_connection_is_not_cut_by_the_answer_before(
+    mesh: Any, stub_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "DRAIN_S", 0.05)
+    engine = await mesh.add(stub_engine("a", pause_s=0.01))
+    for tokens in (1, 30, 1, 30):
+        await ask(mesh, max_tokens=tokens)
+    assert len(engine.requests) == 4 and engine.aborted == 0
+
+
+async def test_tls_by_two_settings(start_router: Any, stub_engine: Any, environment: Any) -> None:
+    folder = environment.folder
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout key.pem -out cert.pem"
+    named = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", *words.split(), *named]
+    made = await asyncio.create_subprocess_exec(*command, cwd=folder, stderr=asyncio.subprocess.DEVNULL)
+    assert await made.wait() == 0
+    paths = {"tls_certificate": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}
+    trusted = ssl.create_default_context(cafile=paths["tls_certificate"])
+    mesh = await start_router(verify=trusted, **paths)
+    await mesh.add(stub_engine("a", says="secret"))
+    assert mesh.url.startswith("https://")
+    async with mesh.http() as client:
+        body = {"model": "stub", "messages": MESSAGES}
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.json()["choices"][0]["message"]["content"] == "secret"
+    with pytest.raises(RecipeError, match="tls_certificate"):
+        await start_router(**{**paths, "tls_key": str(folder / "none.pem")})
