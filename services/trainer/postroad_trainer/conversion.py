@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from postroad.config import Recipe
 from postroad.config.algorithm import AlgorithmSection
 from postroad.messages import Sample
-from postroad_trainer.algorithms import LogProbabilities, Rewarded, Segments, advantages_of_step
+from postroad_trainer.algorithms import LogProbabilities, Rewarded, Segments, advantages_of_step, generalised
 from postroad_trainer.algorithms.dapo import overlong_penalty
 from postroad_trainer.batch import TrainRow
 
@@ -61,6 +61,17 @@ def shaped_rewards(groups: Groups, recipe: Recipe) -> list[float]:
 
 def with_advantages(rows: Sequence[TrainRow], rewards: Sequence[float], algorithm: AlgorithmSection) -> list[TrainRow]:
     """The rows with the advantage of every trained token. Raises AlgorithmError for rewards or scores that have none."""
+    return _with(rows, rewards, lambda step: advantages_of_step(algorithm, step))
+
+
+def with_returns(rows: Sequence[TrainRow], rewards: Sequence[float], algorithm: AlgorithmSection) -> list[TrainRow]:
+    """What the critic learns: the rows with the return of every trained token in the place of its advantage."""
+    return _with(rows, rewards, lambda step: generalised(step, algorithm).return_N)
+
+
+def _with(
+    rows: Sequence[TrainRow], rewards: Sequence[float], of_step: Callable[[Rewarded], torch.Tensor]
+) -> list[TrainRow]:
     if not any(row.loss_mask.any() for row in rows):
         return list(rows)
     starts = [int(np.argmax(row.trained)) if row.loss_mask.any() else len(row.tokens) for row in rows]
@@ -79,8 +90,7 @@ def with_advantages(rows: Sequence[TrainRow], rewards: Sequence[float], algorith
         Segments.of_lengths(lengths, packed([row.trained for row in rows])),
         LogProbabilities(roles),  # type: ignore[arg-type]
     )
-    advantages = advantages_of_step(algorithm, rewarded).numpy()
-    parts = np.split(advantages, np.cumsum(lengths)[:-1])
+    parts = np.split(of_step(rewarded).numpy(), np.cumsum(lengths)[:-1])
     return [
         dataclasses.replace(row, advantage=np.concatenate([np.zeros(start, np.float32), part]))
         for row, start, part in zip(rows, starts, parts, strict=True)

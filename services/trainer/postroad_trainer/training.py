@@ -17,7 +17,8 @@ from postroad.weights import Snapshot
 from postroad_trainer.algorithms import require_parts
 from postroad_trainer.backend import BackendSettings, MegatronBackend
 from postroad_trainer.batch import StepResult, StepSettings, TrainRow, merged
-from postroad_trainer.conversion import Groups, rows_of, shaped_rewards, with_advantages, without
+from postroad_trainer.conversion import Groups, rows_of, shaped_rewards, with_advantages, with_returns, without
+from postroad_trainer.critic import Critic
 from postroad_trainer.metrics import Trained, flops_per_token, step_metrics
 from postroad_trainer.models import read_configuration
 from postroad_trainer.plug_points import PlugPointError, plug_point
@@ -49,36 +50,59 @@ class Training:
         self.plugs = {
             name: plug_point(f"trainer.plug_points.{name}", path) for name, path in trainer.plug_points if path
         }
+        settings = BackendSettings(
+            model_path=model,
+            dtype=recipe.model.dtype,
+            threads=trainer.threads,
+            parallel=trainer.parallel,
+            adam_beta1=trainer.adam_beta1,
+            adam_beta2=trainer.adam_beta2,
+            weight_decay=trainer.weight_decay,
+            freeze_embedding=trainer.freeze_embedding,
+            micro_batch_tokens=trainer.micro_batch_tokens,
+            unknown_experts=trainer.unknown_experts,
+            seed=recipe.seed,
+        )
         self.backend = MegatronBackend(
-            BackendSettings(
-                model_path=model,
-                dtype=recipe.model.dtype,
-                threads=trainer.threads,
-                parallel=trainer.parallel,
-                adam_beta1=trainer.adam_beta1,
-                adam_beta2=trainer.adam_beta2,
-                weight_decay=trainer.weight_decay,
-                freeze_embedding=trainer.freeze_embedding,
-                micro_batch_tokens=trainer.micro_batch_tokens,
-                unknown_experts=trainer.unknown_experts,
-                seed=recipe.seed,
-            ),
+            settings,
             keep_reference=self.algorithm.needs_reference,
             model_provider=self.plugs.get("model_provider"),
         )
+        self.critic = Critic(settings, self.algorithm) if self.algorithm.advantage == "gae" else None
 
     def step(self, groups: Groups, version: int) -> tuple[dict[str, float], str]:
         """Train `version` on the batch; its metrics and the digest of the parameters that it made."""
         started, settings = time.perf_counter(), step_settings(self.recipe, version)
-        rows, seconds = self._scored(self._rows(groups), settings)
-        rows = with_advantages(rows, self._rewards(groups), settings.algorithm)
+        rows, numbers = self._scored(self._rows(groups), settings)
+        rewards = self._rewards(groups)
+        if self.critic is not None:
+            rows, settings = self._criticised(rows, rewards, settings, numbers, version)
+        rows = with_advantages(rows, rewards, settings.algorithm)
         result = merged([self._update(part, settings) for part in self._parts(rows, groups)])
         updated = time.perf_counter()
         digest = self.backend.digest()
         length = float(np.mean([len(row.tokens) for row in rows]))
         metrics = step_metrics(Trained(groups, rows, result, version), flops_per_token(self._configuration, length))
-        seconds |= {"seconds_digest": time.perf_counter() - updated, "seconds_total": time.perf_counter() - started}
-        return metrics | seconds, digest
+        numbers |= {"seconds_digest": time.perf_counter() - updated, "seconds_total": time.perf_counter() - started}
+        return metrics | numbers, digest
+
+    def _criticised(
+        self,
+        rows: list[TrainRow],
+        rewards: list[float],
+        settings: StepSettings,
+        numbers: dict[str, float],
+        version: int,
+    ) -> tuple[list[TrainRow], StepSettings]:
+        """The rows with the critic's values, from before its own update; in its first steps the policy's rate is 0."""
+        assert self.critic is not None
+        started = time.perf_counter()
+        rows = self.critic.valued(rows)
+        warmup = settings.learning_rate / self.recipe.trainer.learning_rate
+        numbers |= self.critic.learn(with_returns(rows, rewards, settings.algorithm), settings, warmup)
+        numbers["seconds_critic"] = time.perf_counter() - started
+        alone = version < self.algorithm.critic_only_steps
+        return rows, dataclasses.replace(settings, learning_rate=0.0) if alone else settings
 
     def _rows(self, groups: Groups) -> list[TrainRow]:
         rows = self.plugs["rows"](groups, rows_of) if "rows" in self.plugs else rows_of(groups)
@@ -140,9 +164,13 @@ class Training:
 
     def save(self, folder: Path) -> None:
         self.backend.save(folder)
+        if self.critic is not None:
+            self.critic.save(folder.with_name("critic"))
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
+        if self.critic is not None:
+            self.critic.load(folder.with_name("critic"))
 
     def close(self) -> None:
         """Leave the process groups, whose threads would otherwise abort the interpreter at its end."""

@@ -30,7 +30,7 @@ from postroad_trainer.algorithms.reducers import reduced, reduction_weights
 
 FEW = settings(max_examples=15, deadline=None)
 SEEDS = st.integers(0, 1 << 30)
-ROLES: tuple[Role, ...] = ("current", "engine", "old", "proximal", "reference", "teacher")
+ROLES: tuple[Role, ...] = ("current", "engine", "old", "proximal", "reference", "teacher", "value")
 TEACHER = {"teacher_url": "http://teacher"}
 
 

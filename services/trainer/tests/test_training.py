@@ -13,10 +13,12 @@ import torch
 from training_parts import MIXED, groups_of, recipe_of, sample_of
 from transformers import AutoModelForCausalLM
 
+from postroad.config import Environment
 from postroad.config.algorithm import ALGORITHMS
-from postroad.messages import Sample, VersionSpan
+from postroad.messages import Sample, Step, VersionSpan
 from postroad_trainer.algorithms import AlgorithmError
 from postroad_trainer.models.tiny import write_tiny_model
+from postroad_trainer.service import NotFiniteGradients, TrainerService
 from postroad_trainer.teacher import packed, unpacked
 from postroad_trainer.training import Training
 
@@ -97,6 +99,25 @@ def test_a_default_step_is_dapo_by_hand(model: Path) -> None:
     assert metrics["staleness_1_fraction"] == 1 and metrics["reward_mean_of_book1"] == pytest.approx(0.375)
 
 
+def test_a_critic_learns_and_is_part_of_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    """Its values near the return of a constant reward; a loaded pair goes on to the same digest."""
+    recipe = recipe_of(
+        {"algorithm": {"name": "ppo", "critic_learning_rate": 3e-3, "critic_only_steps": 8, "value_clip": 10.0}}
+    )
+    training = Training(recipe, model)
+    groups, digest = groups_of([[0.7] * 4, [0.7] * 4]), training.digest()
+    losses = [training.step(groups, version)[0]["critic_loss"] for version in range(8)]
+    assert losses[0] == pytest.approx(0.49, abs=1e-5)  # the head is 0, and 0.7 comes back from every token
+    assert losses[-1] < 0.1 and training.digest() == digest
+    (tmp_path / "step").mkdir()
+    training.save(tmp_path / "step" / "backend")
+    other = Training(recipe, model)
+    other.load(tmp_path / "step" / "backend")
+    results = [t.step(groups_of(MIXED), 8) for t in (training, other)]
+    assert results[0][1] == results[1][1] != digest
+    assert results[0][0]["critic_loss"] == results[1][0]["critic_loss"]
+
+
 def test_samples_of_one_execution_count_once(model: Path) -> None:
     """A sub-agent's trajectory beside its parent's changes neither the mean of the group nor its weight."""
     groups = groups_of([[1.0, 1.0, 0.0, 0.0]])
@@ -163,3 +184,18 @@ def test_the_teachers_scores_survive_the_log() -> None:
     for before, after in zip(samples, unpacked(bare, packed(groups)), strict=True):
         np.testing.assert_array_equal(before.teacher_log_probabilities, after.teacher_log_probabilities)
     assert packed([bare]) is None and unpacked(bare, None) == bare
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
+    environment = Environment("run", tmp_path, tmp_path / "recipe.yaml", "nats://", "redis://", "key", tmp_path)
+    service = TrainerService(environment, recipe_of())
+
+    def log(number: int, broken: bool) -> None:
+        metrics = {"gradients_not_finite": float(broken)}
+        logged = {"run": "run", "id": str(number), "number": number, "version": number, "digest": ""}
+        service._count_broken(Step(**logged, sequences=[], samples=[], groups=[], metrics=metrics))
+
+    for number, broken in enumerate([True, True, False, True, True], 1):
+        log(number, broken)
+    with pytest.raises(NotFiniteGradients, match=r"steps 4 to 6 .* --steps 4:6"):
+        log(6, True)

@@ -17,9 +17,16 @@ from pydantic import AfterValidator, Field, model_validator
 from postroad.config.section import Section
 
 Advantage = Literal[
-    "group", "group_mean", "leave_one_out", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "preference", "one"
+    "group",
+    "group_mean",
+    "leave_one_out",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "gae",
+    "preference",
+    "one",
 ]
-Loss = Literal["clip", "sequence_clip", "clipped_weight", "weighted"]
+Loss = Literal["clip", "sequence_clip", "clipped_weight", "weighted", "value"]
 Correction = Literal["none", "tis", "icepop", "importance", "decoupled"]
 Reducer = Literal["sample", "token", "constant"]
 Anchor = Literal["current", "old", "proximal", "engine"]
@@ -44,6 +51,7 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "rloo": {"advantage": "leave_one_out"},
         "reinforce_plus_plus": {"advantage": "reinforce_plus_plus", "whiten": True},
         "reinforce_plus_plus_baseline": {"advantage": "reinforce_plus_plus_baseline", "whiten": True},
+        "ppo": {"advantage": "gae"},
         "decoupled_ppo": {"correction": "decoupled", "anchor": "proximal"},
         "distillation": {"reducer": "token", "distillation_coefficient": 1.0, "reward_weight": 0.0},
         "sft": {"advantage": "one", "loss": "weighted", "reducer": "token", "correction": "none"},
@@ -120,7 +128,7 @@ class AlgorithmSection(Section):
 
     name: Literal[
         "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
-        "decoupled_ppo", "distillation", "sft", "dpo",
+        "ppo", "decoupled_ppo", "distillation", "sft", "dpo",
     ] = Field("dapo", description="Gives every other key of this section its value.")  # fmt: skip
     updates: int = Field(1, ge=1, description="Optimizer updates that a batch is cut into, whole groups each.")
     advantage: Annotated[str, named("advantage", get_args(Advantage))] = Field(
@@ -141,7 +149,11 @@ class AlgorithmSection(Section):
     clip_low: float = Field(0.2, ge=0, le=1, description="The ratio is clipped below 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above 1 + clip_high.")
     dual_clip: float | None = Field(None, gt=1, description="Bound of the loss of bad tokens, in advantages.")
-    discount: float = Field(1.0, ge=0, le=1, description="Of token rewards (reinforce_plus_plus).")
+    discount: float = Field(1.0, ge=0, le=1, description="Of token rewards (reinforce_plus_plus, gae).")
+    gae_lambda: float = Field(1.0, ge=0, le=1, description="gae: 1 trusts the rewards, 0 the critic.")
+    value_clip: float = Field(0.2, gt=0, description="The critic's values move by so much in an update.")
+    critic_learning_rate: float = Field(1e-5, gt=0, description="Of the critic.")
+    critic_only_steps: int = Field(0, ge=0, description="First steps, in which the critic alone learns.")
     whiten: bool = Field(False, description="Whiten advantages over all tokens of the step.")
     kl_kind: DivergenceKind = Field("low_variance", description="Estimator of the divergence from the reference.")
     kl_reward_coefficient: float = Field(0.0, ge=0, description="Of KL(old, reference) in the token rewards.")

@@ -6,7 +6,7 @@ errors             what can be wrong with the numbers
 segments           packed tokens of samples, their masks and sums
 log_probabilities  which log-probabilities enter where
 groups             GRPO, Dr.GRPO, RLOO, DPO, each execution counted once
-returns            REINFORCE++ and its baseline
+returns            REINFORCE++ and its baseline;  critic: GAE, value loss
 whitening          over the whole step and its ranks
 ratios, losses     clip, dual clip, GSPO, CISPO, weighted (SFT, DPO)
 divergences        k1, k2, k3, low variance, unbiased
@@ -20,7 +20,7 @@ distillation       on-policy distillation
 from postroad_trainer.algorithms.errors import AlgorithmError
 from postroad_trainer.algorithms.log_probabilities import LogProbabilities, Role
 from postroad_trainer.algorithms.objective import advantages_of_step, policy_objective, weights_of_step
-from postroad_trainer.algorithms.parts import Rewarded, require_parts
+from postroad_trainer.algorithms.parts import Rewarded, generalised, require_parts
 from postroad_trainer.algorithms.segments import Segments
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Role",
     "Segments",
     "advantages_of_step",
+    "generalised",
     "policy_objective",
     "require_parts",
     "weights_of_step",

@@ -7,6 +7,7 @@ old        the trainer's, before the first step on the batch  anchor; KL in the 
 proximal   the trainer's, before the first update on the batch  anchor of decoupled PPO
 reference  the frozen reference model                         KL in the loss or in the reward; DPO
 teacher    the model to learn from                            on-policy distillation
+value      the critic's estimate of what is still to come     PPO; the one that is no log-probability
 
 The anchor is the denominator of the policy ratio exp(current - anchor). Anchor "current" is current without its
 gradient: the ratio is exactly 1, which is right when a batch gets one step. Where `old` is scored by the weights that the
@@ -24,7 +25,7 @@ import torch
 
 from postroad_trainer.algorithms.errors import AlgorithmError, MissingScoreError, NotFiniteError
 
-Role = Literal["current", "engine", "old", "proximal", "reference", "teacher"]
+Role = Literal["current", "engine", "old", "proximal", "reference", "teacher", "value"]
 REMEDIES: Mapping[Role, str] = {
     "current": "run the training forward and add them by with_current",
     "engine": "record them while sampling",
@@ -32,6 +33,7 @@ REMEDIES: Mapping[Role, str] = {
     "proximal": "run the log-probability pass at the start of the step, or choose the anchor 'old'",
     "reference": "run the reference pass, or set the KL coefficients to 0",
     "teacher": "score the samples with the teacher, or set the distillation coefficient to 0",
+    "value": "run the critic's forward pass first",
 }
 
 

@@ -17,6 +17,12 @@ import torch
 
 from postroad.config.algorithm import AlgorithmSection
 from postroad_trainer.algorithms.corrections import decoupled_weights, icepop_weights, truncated_importance_weights
+from postroad_trainer.algorithms.critic import (
+    GeneralisedAdvantages,
+    generalised_advantages,
+    token_rewards,
+    value_loss,
+)
 from postroad_trainer.algorithms.divergences import kl_estimate
 from postroad_trainer.algorithms.groups import (
     ExecutionRewards,
@@ -79,6 +85,22 @@ def _baseline(step: Rewarded, by: AlgorithmSection) -> torch.Tensor:
     return reinforce_baseline_advantages(centred_S, step.divergence(by), step.segments, by.kl_reward_coefficient)
 
 
+def _gae(step: Rewarded, by: AlgorithmSection) -> torch.Tensor:
+    return generalised(step, by).advantage_N
+
+
+def generalised(step: Rewarded, by: AlgorithmSection) -> GeneralisedAdvantages:
+    """PPO's advantages, and the returns that its critic learns."""
+    reward_N = token_rewards(step.reward_S, step.divergence(by), step.segments, by.kl_reward_coefficient)
+    return generalised_advantages(reward_N, step.scores.of("value"), step.segments, by.discount, by.gae_lambda)
+
+
+def _value(scores: LogProbabilities, return_N: torch.Tensor, segments: Segments, by: AlgorithmSection) -> ClippedLoss:
+    """The critic's loss: current are its values, and the advantages hold the returns."""
+    loss = value_loss(scores.of("current"), scores.of("value"), return_N, segments.mask_N, by.value_clip)
+    return ClippedLoss(*loss)
+
+
 def _preference(step: Rewarded, by: AlgorithmSection) -> torch.Tensor:
     log_ratio_N = step.scores.anchor(by.anchor) - step.scores.of("reference")
     margin_S = by.preference_beta * step.segments.sums(log_ratio_N)
@@ -99,6 +121,7 @@ ADVANTAGES: Mapping[str, AdvantageFunction] = {
     "leave_one_out": lambda step, by: step.segments.spread(leave_one_out_advantages(step.rewards())),
     "reinforce_plus_plus": _reinforce_plus_plus,
     "reinforce_plus_plus_baseline": _baseline,
+    "gae": _gae,
     "preference": _preference,
     "one": lambda step, by: torch.ones(len(step.segments.mask_N)),
 }
@@ -112,6 +135,7 @@ LOSSES: Mapping[str, LossFunction] = {
     "clipped_weight": lambda scores, advantage_N, segments, by: clipped_weight_loss(
         scores.of("current"), scores.anchor(by.anchor), advantage_N, by.clip_low, by.clip_high
     ),
+    "value": _value,
     "weighted": lambda scores, advantage_N, segments, by: weighted_loss(scores.of("current"), advantage_N),
 }
 CORRECTIONS: Mapping[str, CorrectionFunction] = {

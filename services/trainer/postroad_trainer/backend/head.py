@@ -66,14 +66,18 @@ class Head:
             targets, rows = targets[predictions], here.nonzero()[:, 0]
             sources = sources[rows] // self._stripe.size
         weight = output_layer.weight if output_weight is None else output_weight
-        weight = weight if len(weight) == self._columns else weight[: self._columns]
-        logits = F.linear(self._hidden(hidden_states, sources), weight)
-        arguments = (logits, which, targets, self._temperature, self._vocabulary)
-        chosen, entropy = TokenLogProbabilities.apply(*arguments)
+        chosen, entropy = self._scores(self._hidden(hidden_states, sources), which, targets, weight)
         if self._stripe.size > 1:
             chosen = _Whole.apply(chosen, predictions, len(context.which))
             entropy = _Whole.apply(entropy, rows, len(context.sources))
         return chosen, entropy
+
+    def _scores(
+        self, hidden: torch.Tensor, which: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = weight if len(weight) == self._columns else weight[: self._columns]
+        arguments = (F.linear(hidden, weight), which, targets, self._temperature, self._vocabulary)
+        return TokenLogProbabilities.apply(*arguments)
 
     def _hidden(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The hidden states [u, hidden] that predict, on every tensor rank; the backward sums over these."""
@@ -82,3 +86,15 @@ class Head:
         if self._vocabulary.group is not None:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
         return hidden_states[positions, 0]
+
+
+class ValueHead(Head):
+    """The critic's: values [p] of the states before the predicted tokens, in the place of log-probabilities; entropy 0."""
+
+    def __init__(self, chunk: Any, stripe: Stripe, temperature: float) -> None:
+        super().__init__(chunk, stripe, temperature)
+        self._value = chunk.value_head
+
+    def _scores(self, hidden: torch.Tensor, which: torch.Tensor, _: Any, __: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        value = F.linear(hidden.float(), self._value.weight.float(), self._value.bias.float())[:, 0]
+        return value[which], torch.zeros_like(value)

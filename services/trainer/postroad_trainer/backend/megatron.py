@@ -50,13 +50,16 @@ class MegatronBackend:
         settings: BackendSettings,
         keep_reference: bool = False,
         model_provider: Callable[[list[Any], BackendSettings], None] | None = None,
+        critic: bool = False,
     ) -> None:
+        """critic: the model has a value head, and `logprobs` gives its values."""
         import_megatron()
         from postroad_trainer.backend import construction
         from postroad_trainer.backend.gather import Gatherer
         from postroad_trainer.backend.replay import ExpertReplays
         from postroad_trainer.backend.runner import Runner
         from postroad_trainer.backend.state import State
+        from postroad_trainer.backend.value_head import add_value_head
 
         self._settings = settings
         with self._running():
@@ -66,6 +69,7 @@ class MegatronBackend:
             self._built = built = construction.build_model(settings)
             self._chunks, self._config = built.chunks, built.config
             self._moe_layers = sum(built.config.moe_layer_freq) if built.config.num_moe_experts else 0
+            valued = add_value_head(settings, built) if critic else []
             if model_provider is not None:
                 model_provider(built.chunks, settings)
             parameters = [parameter for chunk in built.chunks for parameter in chunk.parameters()]
@@ -75,7 +79,7 @@ class MegatronBackend:
             self._runner = Runner(built, self._wrapped, self._replays, self._stripe)
             self._optimizer = construction.build_optimizer(settings, self._wrapped)
             self._inner_optimizers = construction.torch_optimizers(self._optimizer)
-            entries = list(entries_of(built.chunks, built.family))
+            entries = [*entries_of(built.chunks, built.family), *valued]
             self._gatherer = Gatherer(entries, built.mapping, self._ranks)
             self._state = State(entries, built.mapping, self._optimizer, self._ranks)
         self._device = entries[0].parameter.device

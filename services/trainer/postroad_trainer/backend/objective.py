@@ -120,7 +120,8 @@ def objective(batch: MicroBatch, current: torch.Tensor, entropy: torch.Tensor, s
 
 def rows_to_run(rows: Sequence[TrainRow], algorithm: AlgorithmSection) -> list[tuple[int, TrainRow]]:
     """(index, row) of the rows that a term of the loss needs: an advantage of 0 leaves the divergence and the entropy."""
-    everything = bool(algorithm.kl_loss_coefficient or algorithm.entropy_coefficient) or "." in algorithm.loss
+    everything = bool(algorithm.kl_loss_coefficient or algorithm.entropy_coefficient)
+    everything |= "." in algorithm.loss or algorithm.loss == "value"
     return [
         (index, row)
         for index, row in enumerate(rows)

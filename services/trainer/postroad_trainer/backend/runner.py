@@ -9,7 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from postroad_trainer.backend.construction import BuiltModel
-from postroad_trainer.backend.head import Head
+from postroad_trainer.backend.head import Head, ValueHead
 from postroad_trainer.backend.objective import MicroBatch
 from postroad_trainer.backend.replay import ExpertReplays
 from postroad_trainer.backend.visibility import Stripe
@@ -27,7 +27,8 @@ class Runner:
 
     def run(self, batches: list[MicroBatch], temperature: float, outcome: Outcome, forward_only: bool) -> list[Any]:
         """What `outcome` keeps of each micro-batch; nothing on ranks that are not in the last pipeline stage."""
-        head = Head(self._built.chunks[-1], self._stripe, temperature)
+        last = self._built.chunks[-1]
+        head = (ValueHead if hasattr(last, "value_head") else Head)(last, self._stripe, temperature)
 
         def forward(iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
             batch = next(iterator)
