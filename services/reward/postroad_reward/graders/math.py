@@ -2,7 +2,8 @@
 
 math-verify finds the answer: the last boxed expression, else the last LaTeX or plain one. Its own time limits are off,
 because they turn a time-out into a wrong answer: here the grading's deadline ends it, as a failure. A label that can't
-be read is a failure too; a response that can't be read is wrong.
+be read is a failure too; a response that can't be read is wrong. What is plainly equal or different is told without
+sympy, with the verdict that math-verify gives.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from postroad_reward.graders.answers import last_boxed
 from postroad_reward.graders.base import Attempt, Grader, Settings
+from postroad_reward.graders.difference import certainly_differ, readable
 
 # what sympy and the LaTeX parser raise for expressions they can't handle; MemoryError and others are failures
 UNREADABLE = (
@@ -42,6 +44,10 @@ def grade(attempt: Attempt, settings: MathSettings) -> float:
     content = last_boxed(box) or ""
     if _INTEGER.fullmatch(label) and _INTEGER.fullmatch(content):
         return float(int(label) == int(content))
+    if content == label and (readable(label) or (not _is_marked(label) and _gold(label))):
+        return 1.0
+    if settings.strict and certainly_differ(label, content, settings.float_rounding):
+        return 0.0
     return _cached_verdict(label, box, settings)
 
 
@@ -55,7 +61,7 @@ def box_alone(response: str) -> str | None:
     before = _OPENING.sub("", response[:start])
     lonely = "\\boxed" not in before and "hope" not in before and "\\boxed" not in content
     complete = all(before.count(left) == before.count(right) for left, right in (("\\(", "\\)"), ("\\[", "\\]")))
-    begun = before.rstrip(" ")[-1:]
+    begun = before.rstrip(" ").removesuffix("**")[-1:]
     alone = (
         lonely and complete and before.count("$") % 2 == 0 and (begun in ("", ":", ".", ",", "\n") or begun.isalpha())
     )
