@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,9 @@ def write_reference(case: dict[str, Any], path: Path) -> None:
     """The step in this process alone: log-probabilities before it, gradients, parameters after it."""
     alone, rows = build(case, {}), rows_of(case)
     logprobs = np.concatenate(alone.logprobs(rows))
-    recorded = [torch.from_numpy(kept.astype(np.int32)) for kept in alone.record_experts(rows)] if case["experts"] else []
+    recorded = (
+        [torch.from_numpy(kept.astype(np.int32)) for kept in alone.record_experts(rows)] if case["experts"] else []
+    )
     result = alone.train_step(rows, STEP)
     tensors = {"logprobs": torch.from_numpy(logprobs), "loss": torch.tensor([result.loss, result.grad_norm])}
     for entry in alone._state.entries:
@@ -80,24 +81,67 @@ def compare(trained: Any, case: dict[str, Any], want: dict[str, torch.Tensor]) -
     }
 
 
-def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    cpu_shim.import_megatron()
-    results = {}
-    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        started = time.perf_counter()
-        store = f"file://{folder}/store-{number}"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-        want = load_file(case["reference"])
-        try:
-            results[case["name"]] = compare(build(case, case["parallel"]), case, want)
-        except Exception:
-            results[case["name"]] = {"error": traceback.format_exc()}
-            (folder / f"{rank}.json").write_text(json.dumps(results))
-            raise
-        results[case["name"]]["seconds"] = time.perf_counter() - started
+class World:
+    """A process group of its own for every backend: `with` joins it, and leaves it."""
+
+    def __init__(self, rank: int, size: int, folder: Path) -> None:
+        self.rank, self.size, self.folder, self.number = rank, size, folder, 0
+
+    def __enter__(self) -> None:
+        self.number += 1
+        store = f"file://{self.folder}/store-{self.number}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=self.rank, world_size=self.size)
+
+    def __exit__(self, *_: object) -> None:
         with cpu_shim.cpu_mode():
             dissolve()
+
+
+def resume(world: World, case: dict[str, Any]) -> dict[str, Any]:
+    """Two steps, a checkpoint, two more; and the last two again from the checkpoint, in another layout."""
+
+    def train(trained: Any, seeds: range) -> None:
+        for seed in seeds:
+            trained.train_step(make_rows(seed=seed, experts=tuple(case["experts"])), STEP)
+
+    settings = {"adam_eps": 1e-5, "micro_batch_tokens": 60}
+    folder = world.folder / f"checkpoint-{world.number}"
+    with world:
+        first = backend(Path(case["model"]), case["from"], **settings)
+        train(first, range(2))
+        first.save(folder)
+        saved = first.digest()
+        train(first, range(2, 4))
+        wanted, digest = {name: tensor.clone() for name, tensor in first.export_weights()}, first.digest()
+    with world:
+        second = backend(Path(case["model"]), case["to"], **settings)
+        second.load(folder)
+        loaded = second.digest()
+        train(second, range(2, 4))
+        after = [float((wanted[name] - tensor).abs().max()) for name, tensor in second.export_weights()]
+        same = second.digest() == digest
+    return {
+        "loaded": loaded == saved,
+        "same": same,
+        "after": max(after, default=0.0),
+        "folder": str(folder),
+        "digest": saved,
+    }
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    cpu_shim.import_megatron()
+    world, results = World(rank, size, folder), {}
+    for case in json.loads((folder / "cases.json").read_text()):
+        started = time.perf_counter()
+        if "from" in case:
+            results[case["name"]] = resume(world, case)
+        else:
+            with world:
+                trained = build(case, case["parallel"])
+                results[case["name"]] = compare(trained, case, load_file(case["reference"]))
+        results[case["name"]]["seconds"] = time.perf_counter() - started
         (folder / f"{rank}.json").write_text(json.dumps(results))
 
 

@@ -307,6 +307,14 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
         validate_model(ParallelSection(**changes), family_of(configuration).arguments(configuration))
 
 
+def test_an_environment_that_contradicts_determinism_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(BackendError, match="CUBLAS_WORKSPACE_CONFIG is ':0:0', which trainer.parallel.deterministic"):
+        backend(model_folder(tmp_path), {"deterministic": True})
+
+
 def test_interleaved_stages_without_overlapped_transfers_are_refused(tmp_path: Path) -> None:
     backend(model_folder(tmp_path))
     from postroad_trainer.backend.construction import check_interleaving

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_parts import model_folder
+from backend_parts import backend, model_folder
 from parity_rank import write_reference
 
 TOLERANCE = 1e-5
@@ -109,6 +109,35 @@ def check(tmp_path: Path, results: list[dict[str, Any]], moe: bool) -> None:
             wrong.append(f"{name}: no gradient reached a router")
     print("\n".join(lines))
     assert not wrong, "\n".join(wrong)
+
+
+SHARDED = {"distributed_optimizer": True}
+RESUMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the same": ({"expert": 2, **SHARDED}, {"expert": 2, **SHARDED}),
+    "the same in a pipeline": ({"pipeline": 2, "virtual_pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}),
+    "EP1 to EP2": ({}, {"expert": 2}),
+    "EP2 to DP2 distributed optimizer": ({"expert": 2}, SHARDED),
+    "DP2 distributed optimizer to TP2xETP2": (SHARDED, {**TP2SP, "expert_tensor": 2}),
+    "TP2xEP2 distributed optimizer to PP2": ({**TP2SP, "expert": 2, **SHARDED}, {"pipeline": 2}),
+    "PP2 to CP2": ({"pipeline": 2}, {"context": 2}),
+}
+
+
+def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Path) -> None:
+    """Exactly in an equal layout; in another with equal weights, masters and moments, so that only sums differ."""
+    model = model_folder(tmp_path, "qwen3_moe", **MODELS["qwen3_moe"])
+    cases = [
+        {"name": name, "model": str(model), "experts": MOE_ROUTING, "from": before, "to": after}
+        for name, (before, after) in RESUMES.items()
+    ]
+    (lead, *others) = run_ranks(tmp_path, 2, cases, 300)
+    for name, (before, after) in RESUMES.items():
+        assert all(result[name]["loaded"] for result in (lead, *others)), name
+        assert lead[name]["after"] < TOLERANCE, name
+        assert lead[name]["same"] or before != after, name
+        alone = backend(model)
+        alone.load(Path(lead[name]["folder"]))
+        assert alone.digest() == lead[name]["digest"], name
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])

@@ -23,7 +23,6 @@ class ParallelSection(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="What the backward runs again: feed-forward blocks (selective) or whole layers (full)."
     )
-    optimizer_offload: bool = Field(False, description="Keep masters and moments in host memory.")
     deterministic: bool = Field(False, description="Equal inputs give equal bits on a GPU, at some speed.")
 
     def validate_world(self, processes: int) -> None:

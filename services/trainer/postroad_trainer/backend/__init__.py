@@ -3,9 +3,12 @@
 settings         what a backend is built from
 cpu_shim         megatron-core on a machine without CUDA
 parallel         process groups
+determinism      equal inputs, equal bits on a GPU
 construction     model chunks, DDP wrappers and optimizer
 spec             norm and attention without Transformer Engine, in megatron's layers
 attention        attention over trees with a shared prompt
+experts          experts by grouped matrix products
+compiled         element-wise work in one kernel on a GPU
 layout           rows to trees with shared prompts to micro-batches (numpy only)
 visibility       who sees whom in a micro-batch, as tensors; stripes of context ranks
 routing          rows without recorded experts beside rows with them (numpy only)

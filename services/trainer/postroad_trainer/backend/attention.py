@@ -17,6 +17,7 @@ from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention.varlen import varlen_attn
 
+from postroad_trainer.backend.compiled import compiled_on_gpu
 from postroad_trainer.backend.visibility import LayoutTable, Padded, Spans
 
 
@@ -105,8 +106,7 @@ class TreeAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         layout = self._table.get(attention_mask)
-        rotate = _compiled_rotate if query.is_cuda else _rotate
-        query, key, value = rotate(query[:, 0], layout.rotation), rotate(key[:, 0], layout.rotation), value[:, 0]
+        query, key, value = _rotate(query[:, 0], *layout.rotation), _rotate(key[:, 0], *layout.rotation), value[:, 0]
         if query.is_cuda and query.dtype == torch.bfloat16 and layout.stripe.size == 1:
             return _flash(query, key, value, layout.spans, self._scale).flatten(1)[:, None]
         if self.config.context_parallel_size > 1:
@@ -115,13 +115,11 @@ class TreeAttention(MegatronModule):
         return _masked(query, key, value, layout.padded, self._scale)[:, None]
 
 
-def _rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+@compiled_on_gpu
+def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """The rotary embedding of x [t, heads, head_dim]; cosines and sines [t, 1, head_dim]."""
     first, second = x.chunk(2, -1)
-    return x * rotation[0] + torch.cat((-second, first), -1) * rotation[1]
-
-
-_compiled_rotate = torch.compile(_rotate, dynamic=True)
+    return x * cosines + torch.cat((-second, first), -1) * sines
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float) -> torch.Tensor:

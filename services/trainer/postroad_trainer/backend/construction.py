@@ -52,7 +52,7 @@ def transformer_config(settings: BackendSettings, configuration: ModelConfigurat
     recompute = dict(RECOMPUTE[parallel.recompute])
     if parallel.recompute == "selective":
         recompute["recompute_modules"] = ["mlp", "moe"] if arguments.get("num_moe_experts") else ["mlp"]
-    interleaved = parallel.virtual_pipeline > 1
+    interleaved, on_gpu = parallel.virtual_pipeline > 1, torch.device(torch.cuda.current_device()).type == "cuda"
     config = TransformerConfig(
         **arguments,
         tensor_model_parallel_size=parallel.tensor,
@@ -73,7 +73,7 @@ def transformer_config(settings: BackendSettings, configuration: ModelConfigurat
         attention_softmax_in_fp32=True,
         calculate_per_token_loss=True,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=on_gpu,  # SwiGLU compiled into one kernel
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,

@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens from logits, with their entropy, a few rows of logits at a time.
 
-A float32 softmax of all rows would be the largest tensor of a step; in blocks it stays in reused memory. The vocabulary
-may be split over the ranks of a tensor-parallel group.
+A float32 softmax of all rows would be the largest tensor of a step. On the CPU it is made in blocks, in reused memory; on
+the GPU compiled kernels never write it. The vocabulary may be split over the ranks of a tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
+from postroad_trainer.backend.compiled import compiled_on_gpu
+
+BLOCK_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,69 @@ WHOLE_VOCABULARY = Vocabulary()
 
 def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, a float32 copy of logits[rows] / temperature)."""
-    rows = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), rows):
         block = slice(start, start + rows)
         yield block, logits[block].to(torch.float32, copy=True).div_(temperature)
+
+
+@compiled_on_gpu
+def _compiled_logsumexp(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.logsumexp(logits.float() / temperature, -1)
+
+
+@compiled_on_gpu
+def _compiled_expected(logits: torch.Tensor, normaliser: torch.Tensor, temperature: float) -> torch.Tensor:
+    scaled = logits.float() / temperature
+    return (torch.exp(scaled - normaliser[:, None]) * scaled).sum(-1)
+
+
+@compiled_on_gpu
+def _compiled_slope(
+    logits: torch.Tensor, normaliser: torch.Tensor, entropy: torch.Tensor, of_row: torch.Tensor,
+    of_entropy: torch.Tensor | None, temperature: float,
+) -> torch.Tensor:  # fmt: skip
+    logarithm = logits.float() / temperature - normaliser[:, None]
+    slope = of_row[:, None]
+    if of_entropy is not None:
+        slope = slope + of_entropy[:, None] * (logarithm + entropy[:, None])
+    return (-torch.exp(logarithm) * slope).to(logits.dtype)
+
+
+def _logsumexp(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    if logits.is_cuda:
+        return _compiled_logsumexp(logits, temperature)
+    return torch.cat(
+        [torch.logsumexp(scaled, -1) for _, scaled in _blocks(logits, temperature)] or [logits[:, 0].float()]
+    )
+
+
+def _expected(logits: torch.Tensor, normaliser: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The mean of the scaled logits under this rank's part of the softmax."""
+    if logits.is_cuda:
+        return _compiled_expected(logits, normaliser, temperature)
+    expected = torch.empty_like(normaliser)
+    for block, scaled in _blocks(logits, temperature):
+        expected[block] = torch.linalg.vecdot((scaled - normaliser[block, None]).exp_(), scaled)
+    return expected
+
+
+def _slope(
+    logits: torch.Tensor, normaliser: torch.Tensor, entropy: torch.Tensor, of_row: torch.Tensor,
+    of_entropy: torch.Tensor | None, temperature: float,
+) -> torch.Tensor:  # fmt: skip
+    """Gradient of the logits but for the chosen tokens' own part: -p x (of_row + of_entropy x (log p + H))."""
+    if logits.is_cuda:
+        return _compiled_slope(logits, normaliser, entropy, of_row, of_entropy, temperature)
+    result = torch.empty_like(logits)
+    for block, scaled in _blocks(logits, temperature):
+        logarithm = scaled.sub_(normaliser[block, None])
+        if of_entropy is None:
+            result[block] = logarithm.exp_().mul_(-of_row[block, None])
+        else:
+            slope = (logarithm + entropy[block, None]).mul_(of_entropy[block, None]).add_(of_row[block, None])
+            result[block] = logarithm.exp_().mul_(slope.neg_())
+    return result
 
 
 class TokenLogProbabilities(torch.autograd.Function):
@@ -72,17 +133,8 @@ class TokenLogProbabilities(torch.autograd.Function):
         temperature: float,
         vocabulary: Vocabulary = WHOLE_VOCABULARY,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normaliser = torch.empty(len(logits), device=logits.device)
-        expected = torch.empty_like(normaliser)
-        for block, scaled in _blocks(logits, temperature):
-            normaliser[block] = torch.logsumexp(scaled, -1)
-            if vocabulary.group is None:
-                probabilities = (scaled - normaliser[block, None]).exp_()
-                expected[block] = torch.linalg.vecdot(probabilities, scaled)
-        if vocabulary.group is not None:
-            normaliser = vocabulary.logsumexp(normaliser)
-            for block, scaled in _blocks(logits, temperature):
-                expected[block] = torch.linalg.vecdot((scaled - normaliser[block, None]).exp_(), scaled)
+        normaliser = vocabulary.logsumexp(_logsumexp(logits, temperature))
+        expected = _expected(logits, normaliser, temperature)
         column, here = vocabulary.columns(target, logits.shape[1])
         chosen = vocabulary.sum((logits[which, column].float() / temperature).where(here, 0)) - normaliser[which]
         entropy = normaliser - vocabulary.sum(expected)
@@ -98,15 +150,6 @@ class TokenLogProbabilities(torch.autograd.Function):
         weight = torch.zeros(len(which), device=logits.device) if of_chosen is None else of_chosen
         of_row = torch.zeros_like(normaliser).index_add_(0, which, weight)
         weight = weight.where(here, 0)
-        result = torch.empty_like(logits)
-        for block, scaled in _blocks(logits, ctx.temperature):
-            logarithm = scaled.sub_(normaliser[block, None])
-            if of_entropy is None:
-                gradient = logarithm.exp_().mul_(-of_row[block, None])
-            else:
-                slope = (logarithm + entropy[block, None]).mul_(of_entropy[block, None]).add_(of_row[block, None])
-                gradient = logarithm.exp_().mul_(slope.neg_())
-            inside = (which >= block.start) & (which < block.stop)
-            gradient.index_put_((which[inside] - block.start, column[inside]), weight[inside], accumulate=True)
-            result[block] = gradient
+        result = _slope(logits, normaliser, entropy, of_row, of_entropy, ctx.temperature)
+        result.index_put_((which, column), weight.to(result.dtype), accumulate=True)
         return result, None, None, None, None

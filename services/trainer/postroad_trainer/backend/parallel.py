@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from postroad_trainer.backend.determinism import make_deterministic
 from postroad_trainer.backend.settings import BackendError, BackendSettings
 
 
@@ -18,6 +19,8 @@ def initialise(settings: BackendSettings) -> None:
     """
     from megatron.core import parallel_state, tensor_parallel
 
+    if settings.parallel.deterministic:
+        make_deterministic()
     if not dist.is_initialized():
         _join(timedelta(seconds=settings.collective_timeout_s))
     parallel = settings.parallel
@@ -61,7 +64,7 @@ def dissolve() -> None:
 
 
 def _join(timeout: timedelta) -> None:
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

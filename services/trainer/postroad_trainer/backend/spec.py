@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
 from postroad_trainer.backend.attention import TreeAttention
+from postroad_trainer.backend.experts import GroupedExperts
 from postroad_trainer.backend.visibility import LayoutTable
 
 
@@ -29,6 +32,9 @@ def block_spec(config: Any, table: LayoutTable, chunk: int | None) -> Any:
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        moe = getattr(layer.submodules.mlp, "keywords", {}).get("submodules")
+        if isinstance(moe, MoESubmodules):
+            moe.experts = partial(GroupedExperts, **moe.experts.keywords)
         parts = layer.submodules.self_attention.submodules
         parts.core_attention = attention
         if config.qk_layernorm:

@@ -118,7 +118,8 @@ def _configuration(kind: Kind, vocabulary: int) -> dict[str, Any]:
     return configuration
 
 
-def _shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model with this config.json."""
     hidden, inner, head = (configuration[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
     query, value = configuration["num_attention_heads"] * head, configuration["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (configuration["vocab_size"], hidden)}
@@ -157,7 +158,7 @@ def _weights(configuration: dict[str, Any], seed: int) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, configuration["dtype"])
     weights = {}
-    for name, shape in _shapes(configuration).items():
+    for name, shape in tensor_shapes(configuration).items():
         if len(shape) == 1:
             weights[name] = torch.ones(shape, dtype=dtype)
         else:
