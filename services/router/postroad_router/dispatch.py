@@ -65,7 +65,7 @@ class Dispatcher:
                 raise ApiError(400, f"{engine_name} refuses the request: {refusal}", code="engine_refused") from refusal
             except EngineFailure as failure:
                 splice.break_off()
-                tried |= route.names
+                tried |= to_blame(route, failure)
                 failures.append(await self.note_failure(route, failure, len(failures), deadline_s))
                 if len(failures) >= self.settings.attempts and not splice.complete:
                     raise exhausted(failures, failure) from failure
@@ -185,6 +185,12 @@ class Dispatcher:
             pause_s = min(BUSY_PAUSE_S * 2**earlier, BUSY_PAUSE_MAX_S)
             await asyncio.sleep(max(min(pause_s, deadline_s - time.monotonic()), 0))
         return f"{engine.name}: {failure}"
+
+
+def to_blame(route: Route, failure: EngineFailure) -> frozenset[str]:
+    """Of a pair the half that failed, or both where it may have been either."""
+    halves = {True: route.prefill or route.engine, False: route.engine}
+    return route.names if failure.kind in HEALTHY_FAILURES else frozenset({halves[failure.prefill].name})
 
 
 def bootstrap(prefill_url: str, port: int, body: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from postroad_router.dispatch import Dispatcher, exhausted, timed_out
+from postroad_router.dispatch import Dispatcher, exhausted, timed_out, to_blame
 from postroad_router.engine_client import EngineClient
 from postroad_router.errors import ApiError, EngineFailure, EngineRefusal
 from postroad_router.openai_types import refuse_code
@@ -66,7 +66,7 @@ async def _forward(
         except EngineRefusal as refusal:
             raise ApiError(refusal.status, f"{route.engine.name}: {refusal}", code="engine_refused") from refusal
         except EngineFailure as failure:
-            tried |= route.names
+            tried |= to_blame(route, failure)
             failures.append(await dispatcher.note_failure(route, failure, len(failures), deadline_s))
             if passed or len(failures) >= dispatcher.settings.attempts:
                 raise exhausted(failures, failure) from failure
