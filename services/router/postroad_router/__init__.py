@@ -1,6 +1,9 @@
 """The router service of postroad: the one address of the model.
 
-A request's life: `api` checks it and `openai_types` reads it -> `template` renders and tokenises the messages ->
-`generation.GenerationRequest` -> `dispatch.Dispatcher.generate` picks an engine of `pool`, streams from it through
-`engine_client` and, where it fails, goes on from the tokens in `splice` on another one -> `completions` answers.
+A request's life: `access` knows whose it is and which session it names -> `api` reads it within bounds and, for
+Anthropic's API and OpenAI's Responses, translates it to a chat request -> `exchange` makes its prompt in tokens: rendered
+anew, or appended to what its session knows (`sessions`) -> `generation.GenerationRequest` -> `dispatch.Dispatcher`
+generates on an engine that `routing` picks, and goes on from the tokens in `splice` on another where it fails -> each
+`choice` makes reasoning, text and tool calls of the tokens (`parsers`, by the model's row in `families`) -> the turn is
+recorded -> `completions`, `messages_api` or `responses_api` answer.
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.json_schema import models_json_schema
 
 REFERENCE = "#/components/schemas/{model}"
@@ -16,109 +16,28 @@ of its turns are kept there. A session may be named by the header `X-Postroad-Se
 `Idempotency-Key` makes a request safe to repeat."""
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(extra="allow")
+def _shape(name: str, **fields: Any) -> type[BaseModel]:
+    """A model of an answer: these fields, all there, and maybe more."""
+    given: Any = {field: (kind, ...) for field, kind in fields.items()}
+    return create_model(name, __config__=ConfigDict(extra="allow"), **given)
 
 
-class ErrorDetail(_Answer):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    """OpenAI's shape; Anthropic's (type, error) on /v1/messages."""
-
-    error: ErrorDetail
-
-
-class AnthropicErrorDetail(BaseModel):
-    type: str
-    message: str
-
-
-class AnthropicError(BaseModel):
-    type: str
-    error: AnthropicErrorDetail
-
-
-class Usage(_Answer):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChatMessage(_Answer):
-    role: str
-    content: str | None
-    reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-
-
-class ChatChoice(_Answer):
-    index: int
-    message: ChatMessage
-    finish_reason: str
-    logprobs: dict[str, Any] | None
-    versions: list[list[int]]
-
-
-class ChatCompletion(_Answer):
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class TextChoice(_Answer):
-    index: int
-    text: str
-    finish_reason: str
-    logprobs: dict[str, Any] | None
-    versions: list[list[int]]
-
-
-class TextCompletion(_Answer):
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class AnthropicMessage(_Answer):
-    id: str
-    type: str
-    role: str
-    model: str
-    content: list[dict[str, Any]]
-    stop_reason: str
-    stop_sequence: str | None
-    usage: dict[str, int]
-
-
-class TokenCount(BaseModel):
-    input_tokens: int
-
-
-class OpenAIResponse(_Answer):
-    id: str
-    object: str
-    status: str
-    output: list[dict[str, Any]]
-    usage: dict[str, Any] | None
-
-
-class Generation(_Answer):
-    text: str
-    output_ids: list[int]
-    meta_info: dict[str, Any]
-
-
+Objects, Spans = list[dict[str, Any]], list[list[int]]
+Error = _shape("Error", error=_shape("ErrorDetail", message=str, type=str, param=str | None, code=str | None))
+AnthropicError = _shape("AnthropicError", type=str, error=_shape("AnthropicErrorDetail", type=str, message=str))
+Usage = _shape("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+Head = {"id": str, "object": str, "created": int, "model": str, "usage": Usage}
+Choice = {"index": int, "finish_reason": str, "logprobs": dict[str, Any] | None, "versions": Spans}
+ChatMessage = _shape("ChatMessage", role=str, content=str | None)
+ChatCompletion = _shape("ChatCompletion", **Head, choices=list[_shape("ChatChoice", **Choice, message=ChatMessage)])  # type: ignore[misc]
+TextCompletion = _shape("TextCompletion", **Head, choices=list[_shape("TextChoice", **Choice, text=str)])  # type: ignore[misc]
+AnthropicMessage = _shape(
+    "AnthropicMessage", id=str, type=str, role=str, model=str, content=Objects, stop_reason=str,
+    stop_sequence=str | None, usage=dict[str, int],
+)  # fmt: skip
+TokenCount = _shape("TokenCount", input_tokens=int)
+OpenAIResponse = _shape("OpenAIResponse", id=str, object=str, status=str, output=Objects, usage=dict[str, Any] | None)
+Generation = _shape("Generation", text=str, output_ids=list[int], meta_info=dict[str, Any])
 ERRORS = {
     400: "The request is wrong; `param` says where.", 401: "No key, or a wrong one.", 403: "The key may not do this.",
     404: "There is no such model, session or response.", 409: "In conflict with what is there already.",

@@ -10,10 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from redis.exceptions import RedisError
-
-from postroad.store import Store, StoreError
-from postroad_router.errors import ApiError
+from postroad.store import Store
+from postroad_router.redis_errors import asked
 
 Scope = Literal["agent", "worker", "admin"]
 RANKS: dict[str, int] = {"agent": 0, "worker": 1, "admin": 2}
@@ -49,7 +47,7 @@ class Keys:
             return found
         if len(self._known) >= REMEMBERED_KEYS:
             self._known.clear()
-        text = await self._asked(self._store.client.hget(self._table, digest))
+        text = await asked(self._store.client.hget(self._table, digest))
         entry = json.loads(text) if text else None
         identity = _identity(entry) if entry and entry["expires"] > time.time() else None
         self._known[digest] = (identity, time.monotonic() + REMEMBERED_S)
@@ -59,29 +57,23 @@ class Keys:
         """A new key, which is told this once."""
         key = "sk-postroad-" + secrets.token_urlsafe(32)
         entry = {"name": name, "scope": scope, "session": session, "expires": time.time() + ttl_s}
-        await self._asked(self._store.client.hset(self._table, _digest(key), json.dumps(entry)))
+        await asked(self._store.client.hset(self._table, _digest(key), json.dumps(entry)))
+        self._known.clear()
         return key
 
     async def delete(self, name: str) -> int:
         """How many keys of this name, or run out, are withdrawn."""
-        table = await self._asked(self._store.client.hgetall(self._table))
+        table = await asked(self._store.client.hgetall(self._table))
         entries = {digest: json.loads(text) for digest, text in table.items()}
         gone = [digest for digest, entry in entries.items() if entry["name"] == name or entry["expires"] < time.time()]
         if gone:
-            await self._asked(self._store.client.hdel(self._table, *gone))
+            await asked(self._store.client.hdel(self._table, *gone))
         self._known.clear()
         return len(gone)
 
     @property
     def _table(self) -> str:
         return self._store.key("keys")
-
-    async def _asked(self, asking: Any) -> Any:
-        try:
-            return await asking
-        except (RedisError, StoreError, OSError) as error:
-            message = "keys can't be checked: Redis does not answer"
-            raise ApiError(503, message, code="store_unavailable", retry_after_s=1) from error
 
 
 def _digest(key: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import msgpack
-from redis.exceptions import RedisError
 
-from postroad.store import Store, StoreError
+from postroad.store import Store
 from postroad_router.errors import ApiError
+from postroad_router.redis_errors import asked
 
 LONGEST = 1024
 
@@ -23,7 +23,7 @@ class ResponsesStore:
         self, owner: str, previous: str | None, said: list[dict[str, Any]], response: dict[str, Any]
     ) -> None:
         data = msgpack.packb((owner, previous, said, response))
-        await self._asked(self._store.binary.set(self._key(response["id"]), data, px=self._ttl_ms))
+        await asked(self._store.binary.set(self._key(response["id"]), data, px=self._ttl_ms))
 
     async def messages(self, name: str, owner: str) -> list[dict[str, Any]]:
         """The conversation up to and with this response."""
@@ -39,10 +39,10 @@ class ResponsesStore:
 
     async def delete(self, name: str, owner: str) -> None:
         await self._read(name, owner)
-        await self._asked(self._store.binary.delete(self._key(name)))
+        await asked(self._store.binary.delete(self._key(name)))
 
     async def _read(self, name: str, owner: str) -> tuple[str | None, list[dict[str, Any]], dict[str, Any]]:
-        data = await self._asked(self._store.binary.get(self._key(name)))
+        data = await asked(self._store.binary.get(self._key(name)))
         whose, previous, said, response = msgpack.unpackb(data) if data else ("", None, [], {})
         if data is None or whose != owner:
             raise ApiError(
@@ -53,10 +53,3 @@ class ResponsesStore:
 
     def _key(self, name: str) -> str:
         return self._store.key("response", name)
-
-    async def _asked(self, asking: Any) -> Any:
-        try:
-            return await asking
-        except (RedisError, StoreError, OSError) as error:
-            message = f"responses can't be read or written: {error}"
-            raise ApiError(503, message, code="store_unavailable", retry_after_s=1) from error

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from redis.exceptions import RedisError
 
-from postroad.store import Store, StoreError
+from postroad.store import Store
 from postroad_router.errors import ApiError
 from postroad_router.keys import Identity
+from postroad_router.redis_errors import asked
 from postroad_router.sessions.tree import Turn
 
 MAX_TURNS = 4096
@@ -115,7 +115,7 @@ class SessionStore:
         return [self._store.key("session", f"{{{session}}}", part) for part in PARTS]
 
     async def about(self, session: str) -> About:
-        found = await self._asked(self._client.hgetall(self._keys(session)[0]))
+        found = await asked(self._client.hgetall(self._keys(session)[0]))
         values = {name.decode(): value.decode() for name, value in found.items()}
         version = values.get("version")
         return About(
@@ -126,34 +126,34 @@ class SessionStore:
     async def create(self, session: str, owner: str, version: int | None) -> bool:
         """Take the name; False where it is taken. `version` is the only one that its turns may come from."""
         key = self._keys(session)[0]
-        if not await self._asked(self._client.hsetnx(key, "owner", owner)):
+        if not await asked(self._client.hsetnx(key, "owner", owner)):
             return False
         fields: dict[str, int] = {"created": int(time.time())} | ({} if version is None else {"version": version})
-        await self._asked(self._client.hset(key, items=[each for pair in fields.items() for each in pair]))
-        await self._asked(self._client.pexpire(key, self._ttl_ms))
+        await asked(self._client.hset(key, items=[each for pair in fields.items() for each in pair]))
+        await asked(self._client.pexpire(key, self._ttl_ms))
         return True
 
     async def delete(self, session: str) -> bool:
-        return bool(await self._asked(self._client.delete(*self._keys(session))))
+        return bool(await asked(self._client.delete(*self._keys(session))))
 
     async def with_keys(self, session: str, keys: Sequence[bytes]) -> dict[int, Turn]:
         """The turns that have one of these keys."""
         if not keys:
             return {}
         fields = ["key:" + key.hex() for key in keys]
-        found = await self._asked(self._client.hmget(self._keys(session)[1], fields))
+        found = await asked(self._client.hmget(self._keys(session)[1], fields))
         return await self.turns(session, sorted({int(n) for numbers in found if numbers for n in numbers.split(b",")}))
 
     async def turns(self, session: str, numbers: Iterable[int]) -> dict[int, Turn]:
         numbers = list(numbers)
         if not numbers:
             return {}
-        found = await self._asked(self._client.hmget(self._keys(session)[2], [str(number) for number in numbers]))
+        found = await asked(self._client.hmget(self._keys(session)[2], [str(number) for number in numbers]))
         return {n: Turn.unpack(n, data) for n, data in zip(numbers, found, strict=True) if data is not None}
 
     async def record(self, session: str, number: int, experts: bool) -> Record:
         keys = self._keys(session)
-        data = await self._asked(self._client.hget(keys[3], str(number)))
+        data = await asked(self._client.hget(keys[3], str(number)))
         if data is None:
             raise ApiError(404, f"session {session} ended while it was read", code="session_not_found")
         record, form = Record.unpack(data)
@@ -162,12 +162,12 @@ class SessionStore:
         dtype, shape = np.dtype(form[0]), tuple(form[1])
         count = -(-int(np.prod(shape)) * dtype.itemsize // CHUNK_BYTES)
         fields = [f"{number}:{place}" for place in range(count)]
-        chunks = await self._asked(self._client.hmget(keys[4], fields)) if fields else []
+        chunks = await asked(self._client.hmget(keys[4], fields)) if fields else []
         return replace(record, experts=np.frombuffer(b"".join(chunks), dtype).reshape(shape))
 
     async def number(self, session: str, generation: str) -> int | None:
         """Of the turn that this generation was written as."""
-        found = await self._asked(self._client.hget(self._keys(session)[1], "id:" + generation))
+        found = await asked(self._client.hget(self._keys(session)[1], "id:" + generation))
         return None if found is None else int(found)
 
     async def append(self, session: str, caller: Identity, generation: str, turn: Turn, record: Record) -> int:
@@ -176,7 +176,7 @@ class SessionStore:
         chunks = [raw[start : start + CHUNK_BYTES] for start in range(0, len(raw), CHUNK_BYTES)]
         head, rest = turn.pack(), record.pack()
         size = len(head) + len(rest) + len(raw)
-        outcome, number = await self._asked(self._append(keys=self._keys(session), args=[
+        outcome, number = await asked(self._append(keys=self._keys(session), args=[
             caller.name, self._ttl_ms, self._limit_bytes, MAX_TURNS, size, generation, turn.key.hex(), head, rest,
             max(turn.parent, turn.follows), int(caller.may("worker")), *chunks,
         ]))  # fmt: skip
@@ -196,13 +196,6 @@ class SessionStore:
 
     def is_full(self, about: About) -> bool:
         return about.turns >= MAX_TURNS or about.size_bytes >= self._limit_bytes
-
-    async def _asked(self, asking: Any) -> Any:
-        try:
-            return await asking
-        except (RedisError, StoreError, OSError) as error:
-            message = f"sessions can't be read or written: {error}"
-            raise ApiError(503, message, code="store_unavailable", retry_after_s=1) from error
 
 
 def foreign(session: str) -> ApiError:
