@@ -35,6 +35,8 @@ def for_template(messages: Sequence[Message], family: Family) -> list[Message]:
 def _for_template(message: Message, family: Family) -> Message:
     if family.harmony and "reasoning_content" in message:
         message = {**message, "thinking": message["reasoning_content"]}
+    if message["role"] == "developer" and not family.harmony:
+        message = {**message, "role": "system"}
     if family.text_arguments or "tool_calls" not in message:
         return message
     return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}

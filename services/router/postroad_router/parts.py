@@ -53,7 +53,8 @@ class Parts:
 
 def build_parts(environment: Environment, recipe: Recipe, engines: Engines) -> Parts:
     """Raises ModelFolderError."""
-    vocabulary, model = load_vocabulary(environment.model), read_model(environment.model)
+    vocabulary = load_vocabulary(environment.model, recipe.rollout.engine.max_length)
+    model = read_model(environment.model)
     own = recipe.model.bundled or Path(recipe.model.path or environment.model).name
     client = engines.client
     return Parts(

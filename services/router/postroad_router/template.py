@@ -20,9 +20,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from postroad_router.errors import ApiError
 from postroad_router.model import ModelFolderError, read_json
 
 LONG_TEXT = 20_000  # characters
+TOKEN_CHARACTERS = 256  # more than any token has
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -76,8 +78,8 @@ class ChatTemplate:
 class Vocabulary:
     """Token ids to text and back. Text is never re-tokenised: ids are what counts."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, longest: int = 2**31) -> None:
+        self.tokenizer, self.longest = tokenizer, longest
         added = tokenizer.get_added_tokens_decoder()
         self.special: dict[int, str] = {token: entry.content for token, entry in added.items() if entry.special}
         self._bytes_of = _byte_alphabet() if _is_byte_level(tokenizer) else {}
@@ -88,7 +90,12 @@ class Vocabulary:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     async def encoded(self, text: str) -> list[int]:
-        """Like encode; a long text does not hold up the event loop."""
+        """Like encode; a long text does not hold up the event loop. Raises ApiError 400 for one that can't fit."""
+        if len(text) > self.longest * TOKEN_CHARACTERS:
+            message = (
+                f"{len(text)} characters are more than this model's maximum context length of {self.longest} tokens"
+            )
+            raise ApiError(400, message, code="context_length_exceeded")
         return self.encode(text) if len(text) < LONG_TEXT else await asyncio.to_thread(self.encode, text)
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
@@ -111,12 +118,13 @@ class Vocabulary:
         return self.decode([token], special=True).encode()
 
 
-def load_vocabulary(folder: Path) -> Vocabulary:
+def load_vocabulary(folder: Path, longest: int = 2**31) -> Vocabulary:
+    """`longest` is the context length, in tokens. Raises ModelFolderError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelFolderError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
     try:
-        return Vocabulary(Tokenizer.from_file(str(path)))
+        return Vocabulary(Tokenizer.from_file(str(path)), longest)
     except Exception as error:
         raise ModelFolderError(f"{path} can't be read: {error}") from error
 

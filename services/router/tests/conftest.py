@@ -212,9 +212,10 @@ async def until(condition: Callable[[], Any], deadline_s: float = 10.0) -> None:
         await asyncio.sleep(0.01)
 
 
-def recipe(max_length: int = 256, **router: Any) -> Recipe:
+def recipe(max_length: int = 256, chat_template: str | None = None, **router: Any) -> Recipe:
     return Recipe.model_validate({
-        "name": RUN, "model": {"path": "/models/stub"}, "data": {"kind": "file", "path": "rows.jsonl"},
+        "name": RUN, "model": {"path": "/models/stub", "chat_template": chat_template},
+        "data": {"kind": "file", "path": "rows.jsonl"},
         "reward": {"grader": "exact"}, "trainer": {"steps": 1}, "router": router,
         "rollout": {"engine": {"max_length": max_length}, "sampling": {"max_new_tokens": 64}},
     })  # fmt: skip

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -172,6 +173,43 @@ async def test_a_turn_cut_short_is_closed_before_the_next(mesh: Any, stub_engine
     assert text == "<|im_end|>\n<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n"
     (trajectory,) = await collect(mesh, "cut")
     assert trajectory.metrics["drift_special_token_count"] == 0 and trajectory.loss_mask.sum() == 11
+
+
+async def test_reasoning_may_be_left_out_but_not_changed(mesh: Any, stub_engine: Any) -> None:
+    await mesh.add(stub_engine("e0", says="<think>why</think>ok"))
+    async with Agent(mesh, "r") as agent:
+        first = await agent.say([USER])
+        assert (first.message.reasoning_content, first.message.content) == ("why", "ok")
+        for more in ({}, {"reasoning_content": "why "}, {"reasoning_content": "because"}):
+            await agent.say([USER, {"role": "assistant", "content": "ok", **more}, USER])
+    assert [turn["parent"] for turn in (await tree(mesh, "r"))["turns"]] == [None, 0, 0, None]
+
+
+@pytest.mark.parametrize("family", ["default", "qwen3"])
+async def test_where_the_template_drops_thoughts_a_branch_begins(
+    start_router: Any, stub_engine: Any, family: str
+) -> None:
+    """Stock Qwen3 (family default) forgets thoughts at the next question; with the family's variables it keeps them."""
+    template = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text()
+    mesh = await start_router(chat_template=template, max_length=2048, family=family)
+    engine = await mesh.add(stub_engine("e0", says="<think>\nwhy\n</think>\n\n" + CALL))
+    messages: list[Any] = [USER]
+    async with Agent(mesh, "t") as agent:
+        for says in ("<think>\nwell\n</think>\n\nok", "<think>\nthen\n</think>\n\nyes"):
+            choice = await agent.say(messages, tools=TOOLS)
+            messages.append(choice.message)
+            calls = choice.message.tool_calls or []
+            messages += [{"role": "tool", "tool_call_id": call.id, "content": "42"} for call in calls] or [USER]
+            engine.says = says
+        await agent.say(messages, tools=TOOLS)
+    turns = (await tree(mesh, "t"))["turns"]
+    assert [turn["follows"] for turn in turns] == [None, 0, 1]
+    assert [turn["parent"] for turn in turns] == ([None, 0, None] if family == "default" else [None, 0, 1])
+    trajectories = await collect(mesh, "t")
+    assert len(trajectories) == (2 if family == "default" else 1)
+    generated = sum(turn["completion_tokens"] for turn in turns)
+    assert sum(int(t.loss_mask.sum()) for t in trajectories) == generated, "each word is trained once"
+    assert not any(v for t in trajectories for k, v in t.metrics.items() if k.startswith("drift"))
 
 
 async def test_sessions_are_named_by_key_header_or_url(mesh: Any, stub_engine: Any) -> None:

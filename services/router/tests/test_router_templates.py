@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from postroad_router.conversation import Asked
 from postroad_router.families import FAMILIES
+from postroad_router.sessions.drift import find_drift
 from postroad_router.sessions.junction import Junctions
 from postroad_router.template import ChatTemplate, Vocabulary
 from postroad_router.template_check import CONVERSATIONS, TOOLS, USER, check
@@ -80,6 +82,27 @@ def test_an_answer_without_its_end_is_closed() -> None:
         assert junction is not None and junction.text.startswith(closing), family
     returned = junctions("gpt-oss").after(asked.messages[1], False, "<|return|>", [USER], asked)
     assert returned is not None and returned.drop == 1 and returned.text.startswith("<|end|><|start|>user")
+
+
+@pytest.mark.parametrize(
+    ("said", "kinds"),
+    [
+        ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>", []),
+        ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nYes", ["assistant_text"]),
+        ("<|im_start|>user\nho<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n", ["non_assistant_text"]),
+        ("<|im_end|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n", ["special_token_type"]),
+        ("<|im_start|>user\nhi\n<|im_start|>assistant\nyes<|im_end|>\n", ["special_token_count"]),
+    ],
+)
+def test_drift_is_classified(said: str, kinds: list[str]) -> None:
+    vocabulary = junctions("qwen3").vocabulary
+    tokens = np.array(vocabulary.encode(said), np.int32)
+    generated = np.zeros(len(tokens), np.uint8)
+    generated[len(vocabulary.encode(said[: said.index("assistant\n") + 10])) :] = 1
+    canonical = vocabulary.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n")
+    found = find_drift(tokens, generated, canonical, vocabulary)
+    assert [drift.kind for drift in found] == kinds
+    assert all(drift.expected != drift.actual for drift in found)
 
 
 def test_the_command(tmp_path: Path) -> None:
