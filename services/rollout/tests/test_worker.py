@@ -94,6 +94,8 @@ class StubRouter:
         assert isinstance(task, Task) and asked["keep"] == "latest"
         body, fault = self.sessions[request.match_info["session"]]
         self.sessions[request.match_info["session"]] = (body, "")
+        if fault == "lost":
+            return web.json_response({"error": {"message": "no session"}}, status=404)
         if fault == "short":
             return web.Response(body=b"\x91")
         spans = [(3, 7, 1)] if fault == "old" else [(3, 4, 3), (4, 7, 4)]
@@ -302,6 +304,15 @@ async def test_failures_of_the_router_are_asked_again(road: Road, fault: str) ->
     asked = 2 if fault in ("short", "old") else 4  # a turn that is recorded is not generated again
     assert sorted(published) == [0, 1] and len(road.router.requests) == asked and await road.dead() is None
     assert sum(trajectory.metrics["retries"] for trajectory in published.values()) == 2
+
+
+async def test_a_session_that_is_lost_is_begun_anew(road: Road) -> None:
+    await road.register_router()
+    road.router.faults = ["lost"]
+    road.start_worker()
+    await road.issue(members=1)
+    await until(road.finished)
+    assert sorted(await road.published()) == [0] and len(road.router.requests) == 2 and await road.dead() is None
 
 
 async def test_a_router_that_comes_later_and_moves(road: Road) -> None:

@@ -97,7 +97,7 @@ class Choice:
         tops = chunk.top or [[] for _ in chunk.tokens]
         entries = zip(chunk.tokens, chunk.log_probabilities, tops, strict=True)
         return [
-            {**self._entry(token, value), "top_logprobs": [self._entry(t, v) for t, v in ((t, v) for v, t in top)]}
+            {**self._entry(token, value), "top_logprobs": [self._entry(t, v) for v, t in top]}
             for token, value, top in entries
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -96,7 +97,7 @@ class Collector:
         """The first is the member's own trajectory; the others carry their turn's number in their id."""
         found = await self.lines(session, keep, task.features.routed_experts)
         return [
-            self._trajectory(task, member, path, line, "" if number == 0 else f".{path[-1].number}")
+            await asyncio.to_thread(self._trajectory, task, member, path, line, f".{path[-1].number}" if number else "")
             for number, (path, line) in enumerate(found)
         ]
 
