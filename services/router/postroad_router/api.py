@@ -260,9 +260,9 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(ApiError(error.status_code, message, code="unknown_url").body, error.status_code)
+    return await _api_error(request, ApiError(error.status_code, message, code="unknown_url"))
 
 
-async def _server_error(_: Request, error: Exception) -> Response:
+async def _server_error(request: Request, _: Exception) -> Response:
     """The client gets no details; the server logs the traceback."""
-    return JSONResponse(ApiError(500, "the router failed; its log says why", code="internal_error").body, 500)
+    return await _api_error(request, ApiError(500, "the router failed; its log says why", code="internal_error"))
