@@ -26,7 +26,7 @@ async def serve(role: Role, environment: Environment, recipe: Recipe, stop: asyn
     await member.join()
 
     def describe() -> dict[str, Any]:
-        return {"role": role, "bootstrap_port": server.bootstrap_port}
+        return {"role": role, "bootstrap_port": server.bootstrap_port, "json_schema": True}
 
     async def work() -> None:
         server.launch()
