@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import orjson
@@ -15,7 +14,7 @@ from postroad_router.access import shaped
 from postroad_router.errors import ApiError
 from postroad_router.exchange import Exchange
 from postroad_router.openai_types import MAX_MESSAGES, MAX_TOKEN, AnyMessage, ChatRequest, Open, read_chat, validated
-from postroad_router.segments import Segment, Segments
+from postroad_router.segments import Segment, SegmentAnswer
 
 PATH = "/v1/messages"
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -105,39 +104,27 @@ def _messages(message: dict[str, Any], place: int) -> Iterable[dict[str, Any]]:
         yield {"role": message.get("role"), "content": rest} | more
 
 
-class MessagesAnswer:
+class MessagesAnswer(SegmentAnswer):
     def __init__(self, exchange: Exchange) -> None:
-        self.exchange, self.asked = exchange, exchange.asked
-        self._segments = Segments()
+        super().__init__(exchange.asked)
+        self.exchange = exchange
 
-    async def whole(self) -> dict[str, Any]:
-        async with aclosing(self.exchange.steps()) as steps:
-            async for step in steps:
-                list(self._segments.push(step.deltas))
-        content = [_block(segment) for segment in self._segments.all]
-        return self._message(content, **self._end(), usage=self._usage())
+    def begin(self) -> Iterable[bytes]:
+        message = self._message([], stop_reason=None, stop_sequence=None, usage=self._usage())
+        yield _event("message_start", message=message)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Raises ApiError where the generation fails before the first token."""
-        started = False
-        try:
-            async with aclosing(self.exchange.steps()) as steps:
-                async for step in steps:
-                    if not started:
-                        started = True
-                        message = self._message([], stop_reason=None, stop_sequence=None, usage=self._usage())
-                        yield _event("message_start", message=message)
-                    for what, segment, text in self._segments.push(step.deltas):
-                        yield _segment_event(what, segment, text)
-        except ApiError as error:
-            if not started:
-                raise
-            yield b"event: error\ndata: " + orjson.dumps(shaped(PATH, error)) + b"\n\n"
-            return
-        for what, segment, text in self._segments.close():
-            yield _segment_event(what, segment, text)
+    def change(self, what: str, segment: Segment, text: str) -> Iterable[bytes]:
+        yield _segment_event(what, segment, text)
+
+    async def end(self) -> dict[str, Any]:
+        return self._message([_block(segment) for segment in self.segments.all], **self._end(), usage=self._usage())
+
+    def last(self, whole: dict[str, Any]) -> Iterable[bytes]:
         yield _event("message_delta", delta=self._end(), usage=self._usage())
         yield _event("message_stop")
+
+    def broken(self, error: ApiError) -> bytes:
+        return b"event: error\ndata: " + orjson.dumps(shaped(PATH, error)) + b"\n\n"
 
     def _message(self, content: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self.asked.model}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import orjson
 from pydantic import Field
 
 from postroad_router.errors import ApiError
-from postroad_router.exchange import Exchange
 from postroad_router.openai_types import (
     MAX_MESSAGES,
     MAX_TOKEN,
@@ -24,7 +22,7 @@ from postroad_router.openai_types import (
     validated,
 )
 from postroad_router.responses_store import ResponsesStore
-from postroad_router.segments import Segment, Segments
+from postroad_router.segments import Segment, SegmentAnswer
 
 SAME = ("model", "stream", "temperature", "top_p", "parallel_tool_calls", "minimum_version", "version", "timeout_s")
 
@@ -75,16 +73,14 @@ class ResponsesRequest(Open):
     max_tool_calls: Absent = None
 
 
-class ResponsesAnswer:
+class ResponsesAnswer(SegmentAnswer):
     """`open` reads the request and what it goes on from."""
 
     def __init__(self, request: ResponsesRequest, chat: ChatRequest, store: ResponsesStore, owner: str) -> None:
-        self.request, self.asked, self._store, self._owner = request, chat, store, owner
-        self._new = 0
-        self._segments = Segments()
-        self._sequence = -1
+        super().__init__(chat)
+        self.request, self._store, self._owner = request, store, owner
+        self._new, self._sequence = 0, -1
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
-        self.exchange: Exchange
 
     @classmethod
     async def open(cls, body: dict[str, Any], store: ResponsesStore, owner: str) -> ResponsesAnswer:
@@ -111,44 +107,24 @@ class ResponsesAnswer:
         answer._new = len(new)
         return answer
 
-    async def whole(self) -> dict[str, Any]:
-        async with aclosing(self.exchange.steps()) as steps:
-            async for step in steps:
-                list(self._segments.push(step.deltas))
-        return await self._finished()
+    def begin(self) -> Iterable[bytes]:
+        yield self._event("response.created", response=self._response("in_progress"))
+        yield self._event("response.in_progress", response=self._response("in_progress"))
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Raises ApiError where the generation fails before the first token."""
-        started = False
-        try:
-            async with aclosing(self.exchange.steps()) as steps:
-                async for step in steps:
-                    if not started:
-                        started = True
-                        yield self._event("response.created", response=self._response("in_progress"))
-                        yield self._event("response.in_progress", response=self._response("in_progress"))
-                    for change in self._segments.push(step.deltas):
-                        for event in self._changed(*change):
-                            yield event
-            for change in self._segments.close():
-                for event in self._changed(*change):
-                    yield event
-            response = await self._finished()
-        except ApiError as error:
-            if not started:
-                raise
-            failure = {"code": "server_error", "message": error.message}
-            yield self._event("response.failed", response=self._response("failed") | {"error": failure})
-            return
-        yield self._event(f"response.{response['status']}", response=response)
-
-    async def _finished(self) -> dict[str, Any]:
+    async def end(self) -> dict[str, Any]:
         (choice,) = self.exchange.choices
         response = self._response("incomplete" if choice.finish == "length" else "completed")
         if self.request.store is not False:
             said = [*self.asked.messages[len(self.asked.messages) - self._new :], choice.message]
             await self._store.keep(self._owner, self.request.previous_response_id, said, response)
         return response
+
+    def last(self, whole: dict[str, Any]) -> Iterable[bytes]:
+        yield self._event(f"response.{whole['status']}", response=whole)
+
+    def broken(self, error: ApiError) -> bytes:
+        failure = {"code": "server_error", "message": error.message}
+        return self._event("response.failed", response=self._response("failed") | {"error": failure})
 
     def _response(self, status: str) -> dict[str, Any]:
         asked, usage = self.request, self.exchange.usage
@@ -157,7 +133,7 @@ class ResponsesAnswer:
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "model": asked.model,
             "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "output": [_item(segment, "completed") for segment in self._segments.all] if done else [],
+            "output": [_item(segment, "completed") for segment in self.segments.all] if done else [],
             "usage": {
                 "input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
@@ -170,8 +146,7 @@ class ResponsesAnswer:
             "truncation": "disabled", "metadata": asked.metadata or {}, "store": asked.store is not False,
         }  # fmt: skip
 
-    # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────
-    def _changed(self, what: str, segment: Segment, text: str) -> Iterable[bytes]:
+    def change(self, what: str, segment: Segment, text: str) -> Iterable[bytes]:
         place = {"output_index": segment.index, "item_id": f"{PREFIXES[segment.kind]}_{segment.id}"}
         part = place | {"content_index": 0}
         call = segment.kind == "tool_call"
