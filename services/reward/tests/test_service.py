@@ -145,27 +145,30 @@ async def test_a_sample_in_the_log_is_not_graded_again(road):
     assert (road.folder / "journal").read_text() == "4\n" and len(await road.samples()) == 1
 
 
-async def test_kill_in_mid_work_loses_nothing_and_grades_nothing_twice(road, process, gone):
-    journal = road.folder / "journal"
-    spec = road.function("slow_once", journal=str(journal), seconds=1.0)
-    first = process(deliveries=5)
-    await until(lambda: registered(road))
-    await road.send(*(road.trajectory(member, spec, f"m{member}") for member in range(8)))
-    await until(lambda: journal.exists() and len(journal.read_text().split()) >= 3)
-    workers = [int(pid) for pid in Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()]
-    first.kill()
-    first.wait()
-    await until(lambda: all(gone(worker) for worker in workers), 5)
-    second = process(deliveries=5)
+async def test_kill_under_load_loses_nothing_and_grades_nothing_twice(road, process, gone):
+    journal, count = road.folder / "journal", 40
+    spec = road.function("slow", journal=str(journal), seconds=0.1)
+    begun = lambda: len(journal.read_text().split()) if journal.exists() else 0  # noqa: E731
+    await road.send(*(road.trajectory(member, spec, f"m{member}") for member in range(count)))
+    for target in (5, 15):
+        service = process(deliveries=5)
+        await until(lambda: begun() >= target, 60)
+        workers = [int(pid) for pid in Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()]
+        service.kill()
+        service.wait()
+        await until(lambda: all(gone(worker) for worker in workers), 5)
+        assert workers
+    last = process(deliveries=5)
 
     async def all_there():
-        return len(await road.samples()) >= 8
+        return len(await road.samples()) >= count
 
     await until(all_there, 60)
-    second.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(second.wait, 10) == 0, log(road)
-    assert sorted(sample.member for sample in await road.samples()) == list(range(8))
-    assert workers and not await road.letters()
+    last.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(last.wait, 10) == 0, log(road)
+    assert sorted(sample.member for sample in await road.samples()) == list(range(count))
+    assert all(sample.id == f"g00000000.{sample.member}" for sample in await road.samples())
+    assert not await road.letters() and begun() > count  # those that were in hand were graded again
 
 
 async def test_a_group_is_graded_in_one_call_when_all_of_it_is_there(road):

@@ -88,9 +88,10 @@ class Cage:
         call("capset", nothing, ctypes.byref(nothing, 8))
 
     def limit(self, seconds: float) -> None:
+        """A core limit of 1 byte, unlike 0, also keeps a crash from the program that core_pattern may name (core(5))."""
         memory, seconds = self.limits["memory_bytes"], int(seconds) + 2
         for what, value in (
-            (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 1),
             (resource.RLIMIT_FSIZE, self.limits["disk_bytes"]), (resource.RLIMIT_NOFILE, 64),
             (resource.RLIMIT_NPROC, self.limits["processes"] + 2), (resource.RLIMIT_MEMLOCK, 0),
             (resource.RLIMIT_MSGQUEUE, 0),
