@@ -69,7 +69,7 @@ async def read_session(request: Request, name: str) -> dict[str, Any]:
             "turn": turn.number, "parent": turn.parent if turn.parent >= 0 else None, "messages": record.messages,
             "follows": turn.follows if turn.follows >= 0 else None, "finish_reason": turn.finish, "engine": record.engine,
             "prompt_tokens": turn.kept + len(turn.prompt), "completion_tokens": len(turn.tokens),
-            "versions": [list(span) for span in record.versions], "started": record.started, "seconds": record.seconds,
+            "versions": [list(span) for span in record.versions], "started": turn.started, "seconds": turn.ended - turn.started,
         })  # fmt: skip
     return {
         "session_id": name, "created": about.created, "size_bytes": about.size_bytes, "version": about.version,

@@ -158,6 +158,7 @@ async def test_concurrent_calls_are_siblings_and_none_is_lost(start_router: Any,
     turns = (await tree(two, "many"))["turns"]
     assert len(turns) == 24 and [turn["parent"] for turn in turns[1:21]] == [0] * 20
     assert len({turn["parent"] for turn in turns[21:]}) == 1
+    assert len(await collect(two, "many")) == 22, "what runs at the same time is no second try"
     assert {turn["messages"][0]["content"] for turn in turns[1:21]} == {str(n) for n in range(20)}
 
 

@@ -94,12 +94,13 @@ class Session:
             key=chain([*asked.messages, answer], asked.tools, asked.variables)[-1], messages=len(asked.messages) + 1,
             kept=prompt.kept, prompt=prompt.new, tokens=np.asarray(choice.tokens, np.int32),
             finish=choice.reason or "stop", reasoning=reasoning_digest(answer), experts=covered,
+            started=self.started, ended=time.time(),
         )  # fmt: skip
         root = prompt.parent == ROOT
         record = Record(
             messages=[*asked.messages[prompt.since :], answer],
             log_probabilities=np.asarray(choice.log_probabilities, np.float32), versions=version_spans(choice.versions),
-            digests=choice.digests, engine=choice.engine, started=self.started, seconds=time.time() - self.started,
+            digests=choice.digests, engine=choice.engine,
             tools=asked.tools if root else None, variables=asked.variables if root else None,
             unmatched=choice.unmatched, experts_start=prompt.experts_known, experts=experts,
         )  # fmt: skip

@@ -74,8 +74,6 @@ class Record:
     versions: list[tuple[int, int, int]]
     digests: dict[int, str]
     engine: str
-    started: float
-    seconds: float
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] | None = None
     unmatched: tuple[int, ...] = ()
@@ -86,18 +84,18 @@ class Record:
         experts = None if self.experts is None else (self.experts.dtype.str, self.experts.shape)
         data: bytes = msgpack.packb((
             self.messages, self.log_probabilities.astype("<f4").tobytes(), self.versions, self.digests, self.engine,
-            self.started, self.seconds, self.tools, self.variables, self.unmatched, self.experts_start, experts,
+            self.tools, self.variables, self.unmatched, self.experts_start, experts,
         ))  # fmt: skip
         return data
 
     @classmethod
     def unpack(cls, data: bytes) -> tuple[Record, tuple[str, list[int]] | None]:
         """The record without its experts, and their dtype and shape."""
-        messages, values, versions, digests, engine, started, seconds, tools, variables, unmatched, start, experts = (
-            msgpack.unpackb(data, strict_map_key=False)
+        messages, values, versions, digests, engine, tools, variables, unmatched, start, experts = msgpack.unpackb(
+            data, strict_map_key=False
         )
         record = cls(
-            messages, np.frombuffer(values, "<f4"), [tuple(span) for span in versions], digests, engine, started, seconds,
+            messages, np.frombuffer(values, "<f4"), [tuple(span) for span in versions], digests, engine,
             tools, variables, tuple(unmatched), start,
         )  # fmt: skip
         return record, experts

@@ -62,7 +62,7 @@ class Line:
         self._add_experts(record)
         self.messages += record.messages
         self.tools, self.variables = record.tools or self.tools, record.variables or self.variables
-        self.engine, self.seconds = record.engine, self.seconds + record.seconds
+        self.engine, self.seconds = record.engine, self.seconds + turn.ended - turn.started
 
     def _add_experts(self, record: Record) -> None:
         known = 0 if self.experts is None else len(self.experts)

@@ -39,6 +39,8 @@ class Turn:
     finish: str
     reasoning: bytes = b""
     experts: int = 0
+    started: float = 0.0
+    ended: float = 0.0
 
     @property
     def length(self) -> int:
@@ -49,6 +51,7 @@ class Turn:
         data: bytes = msgpack.packb((
             self.parent, self.follows, self.key, self.messages, self.kept, self.prompt.astype("<i4").tobytes(),
             self.tokens.astype("<i4").tobytes(), self.finish, self.reasoning, self.experts,
+            self.started, self.ended,
         ))  # fmt: skip
         return data
 
@@ -139,12 +142,14 @@ def tokens_of(path: Iterable[Turn]) -> np.ndarray:
 
 def leaves(turns: dict[int, Turn], keep: str) -> list[Turn]:
     """The ends of what is kept, newest first: `latest` alone, `all`, or `branches`: all but those that were tried
-    again (a later turn follows the same one)."""
+    again (a turn that follows the same one was begun after their end; what ran at the same time was meant so)."""
     parents = {turn.parent for turn in turns.values()}
     ends = sorted((turn for turn in turns.values() if turn.number not in parents), key=lambda turn: -turn.number)
     if keep == "latest":
         return ends[:1]
     if keep == "all":
         return ends
-    newest = {turn.follows: turn.number for turn in sorted(turns.values(), key=lambda turn: turn.number)}
-    return [turn for turn in ends if newest[turn.follows] == turn.number]
+    begun: dict[int, float] = {}
+    for turn in turns.values():
+        begun[turn.follows] = max(begun.get(turn.follows, 0.0), turn.started)
+    return [turn for turn in ends if begun[turn.follows] < turn.ended]
