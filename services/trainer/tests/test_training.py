@@ -17,6 +17,7 @@ from postroad.config import Environment
 from postroad.config.algorithm import ALGORITHMS
 from postroad.messages import Sample, Step, VersionSpan
 from postroad_trainer.algorithms import AlgorithmError
+from postroad_trainer.conversion import rows_of
 from postroad_trainer.models.tiny import write_tiny_model
 from postroad_trainer.service import NotFiniteGradients, TrainerService
 from postroad_trainer.teacher import packed, unpacked
@@ -116,6 +117,29 @@ def test_a_critic_learns_and_is_part_of_the_checkpoint(model: Path, tmp_path: Pa
     results = [t.step(groups_of(MIXED), 8) for t in (training, other)]
     assert results[0][1] == results[1][1] != digest
     assert results[0][0]["critic_loss"] == results[1][0]["critic_loss"]
+
+
+def test_a_student_moves_to_its_teacher(model: Path) -> None:
+    """Tokens that the teacher finds likelier than the student become likelier, whatever their reward."""
+    training = Training(recipe_of({"algorithm": {"name": "distillation", "teacher_url": "http://teacher"}}), model)
+    random = np.random.default_rng(0)
+    groups = [
+        [
+            s.model_copy(
+                update={"teacher_log_probabilities": random.normal(-4.5, 2, len(s.trajectory.tokens)).astype("f4")}
+            )
+            for s in members
+        ]
+        for members in groups_of(MIXED)
+    ]
+    rows = rows_of(groups)
+    before = training.backend.logprobs(rows)
+    for version in range(3, 9):
+        training.step(groups, version)
+    after = training.backend.logprobs(rows)
+    wish = np.concatenate([(r.scores["teacher"] - b)[r.trained] for r, b in zip(rows, before, strict=True)])
+    moved = np.concatenate([(a - b)[r.trained] for r, a, b in zip(rows, after, before, strict=True)])
+    assert np.corrcoef(wish, moved)[0, 1] > 0.6
 
 
 def test_samples_of_one_execution_count_once(model: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from postroad_trainer.algorithms.errors import AlgorithmError, MissingScoreError, NotFiniteError
+from postroad_trainer.algorithms.errors import AlgorithmError, MissingScoreError
 
 Role = Literal["current", "engine", "old", "proximal", "reference", "teacher", "value"]
 REMEDIES: Mapping[Role, str] = {
@@ -70,18 +70,3 @@ class LogProbabilities:
     def masked(self, mask_N: torch.Tensor) -> LogProbabilities:
         """The same with 0 where mask_N is False, so that nothing there reaches a result or a gradient."""
         return LogProbabilities({role: torch.where(mask_N, score_N, 0.0) for role, score_N in self.scores.items()})
-
-    def checked(self, mask_N: torch.Tensor) -> LogProbabilities:
-        """Itself; raises NotFiniteError when a stored score of a trained token is NaN or infinite. Reads the device:
-        call it once when the scores arrive.
-
-        current is left out: what is not finite there makes the gradient so, and the step is skipped and counted.
-        """
-        for role, score_N in self.scores.items():
-            wrong = 0 if role == "current" else int((~torch.isfinite(score_N) & mask_N).sum())
-            if wrong:
-                raise NotFiniteError(
-                    f"{wrong} of {int(mask_N.sum())} {role} log-probabilities are not finite; find the sample in what "
-                    "produced them, or mask these tokens"
-                )
-        return self

@@ -7,7 +7,7 @@ P pairs, K candidates at a token, V vocabulary. A function that needs more than 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -55,9 +55,6 @@ class Segments:
         counts = torch.tensor(lengths, dtype=torch.int64, device=mask_N.device)
         sample_N = torch.repeat_interleave(torch.arange(len(lengths), device=mask_N.device), counts)
         return Segments(sample_N, mask_N, len(lengths), reduce)
-
-    def with_mask(self, mask_N: torch.Tensor) -> Segments:
-        return replace(self, mask_N=mask_N)
 
     def masked(self, x_N: torch.Tensor) -> torch.Tensor:
         """x where the token is trained, 0 elsewhere; no gradient reaches the rest."""

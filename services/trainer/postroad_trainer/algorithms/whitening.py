@@ -10,10 +10,10 @@ from postroad_trainer.algorithms.segments import Reduce, alone
 EPSILON = 1e-8
 
 
-def whiten(x_N: torch.Tensor, mask_N: torch.Tensor, reduce: Reduce = alone, shift_mean: bool = True) -> torch.Tensor:
+def whiten(x_N: torch.Tensor, mask_N: torch.Tensor, reduce: Reduce = alone) -> torch.Tensor:
     """(x - mean) / sqrt(var + 1e-8) [N] with mean and unbiased (n - 1) variance of the trained tokens of all ranks.
 
-    Hu et al. 2025, REINFORCE++, arXiv:2501.03262 (global advantage normalisation). shift_mean False adds the mean back.
+    Hu et al. 2025, REINFORCE++, arXiv:2501.03262 (global advantage normalisation).
     reduce sums over the DP x CP group, whose ranks hold disjoint tokens. It is a collective and called twice on
     every rank, also on one without a trained token. Two passes in float64: no loss of precision where |mean| >> std.
     The map is applied to masked positions too; one that is not finite there becomes the mean's image.
@@ -32,5 +32,4 @@ def whiten(x_N: torch.Tensor, mask_N: torch.Tensor, reduce: Reduce = alone, shif
     squares = reduce(torch.where(mask_N, x - mean, 0.0).square().sum()[None])[0]
     scale = (squares / (count - 1).clamp(min=1) + EPSILON).rsqrt()
     everywhere = torch.where(mask_N | torch.isfinite(x_N), x_N.double(), mean)
-    whitened = (everywhere - mean) * scale
-    return (whitened if shift_mean else whitened + mean).to(x_N.dtype)
+    return ((everywhere - mean) * scale).to(x_N.dtype)
