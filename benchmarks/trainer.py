@@ -161,19 +161,19 @@ def _flash_attention(*_: Any, **arguments: Any) -> Any:
 
 
 def timed(run: Callable[[], Any], steps: int, warm_up: int) -> tuple[float, float]:
-    """(median seconds, peak GiB of the device)."""
-    seconds = []
+    """(median seconds, peak GiB of the device). On the CPU seconds of this process's own: the machine may be shared."""
+    seconds, clock = [], time.perf_counter if torch.cuda.is_available() else time.process_time
     for number in range(warm_up + steps):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             if number == warm_up:
                 torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
+        started = clock()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if number >= warm_up:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return statistics.median(seconds), peak
 

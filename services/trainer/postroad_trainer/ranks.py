@@ -1,4 +1,4 @@
-"""One process per trainer rank (torchrun). Rank 0 speaks with the road; the others do what it says.
+"""One process per trainer rank (launch). Rank 0 speaks with the road; the others do what it says.
 
 Commands travel as msgpack bytes in a torch.distributed broadcast: nothing is pickled. All torch work of a rank runs
 on one thread, in the order of the commands.
@@ -20,17 +20,13 @@ from postroad.config import Recipe
 from postroad.messages import Sample, decode, encode
 from postroad.weights import Snapshot
 from postroad_trainer.backend import enter_thread
-from postroad_trainer.training import Training
+from postroad_trainer.training import Training, world_size
 
 _Result = TypeVar("_Result")
 
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class TorchThread:
@@ -69,7 +65,8 @@ class Leader:
     async def digest(self) -> str:
         return await self._all("digest", lambda t: t.digest())
 
-    async def freeze(self, run: str, version: int) -> Snapshot:
+    async def freeze(self, run: str, version: int) -> Callable[[], Snapshot]:
+        """What finishes the snapshot, on another thread than torch's (Training.freeze)."""
         return await self._all("freeze", lambda t: t.freeze(run, version), run=run, version=version)
 
     async def save(self, folder: Path) -> None:

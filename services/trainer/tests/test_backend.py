@@ -129,6 +129,16 @@ def test_a_frozen_embedding_stays(tmp_path: Path) -> None:
     assert changed == set(before) - {"model.embed_tokens.weight"}
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_behind_a_frozen_embedding_keeps_every_gradient(tmp_path: Path, recompute: str) -> None:
+    folder, rows = model_folder(tmp_path), make_rows()
+    plain, again = (backend(folder, {"recompute": mode}, freeze_embedding=True) for mode in ("none", recompute))
+    for one in (plain, again):
+        one.train_step(rows, FROZEN_STEP)
+    assert min(float(gradient.abs().max()) for gradient in by_name(again).values()) > 0
+    assert largest_difference(by_name(plain), by_name(again)) < 1e-6
+
+
 def test_rows_without_advantage_are_not_run_but_counted(tmp_path: Path) -> None:
     folder, rows = model_folder(tmp_path), make_rows()
     rows = [dataclasses.replace(row, advantage=0.0) if index % 2 else row for index, row in enumerate(rows)]

@@ -16,6 +16,7 @@ from parity_rank import write_reference
 
 TOLERANCE = 1e-5
 TP2SP = {"tensor": 2, "sequence_parallel": True}
+SHARDED = {"distributed_optimizer": True}
 DENSE = {
     "TP2": {"tensor": 2},
     "TP2xSP": TP2SP,
@@ -23,32 +24,31 @@ DENSE = {
     "PP2xVPP2": {"pipeline": 2, "virtual_pipeline": 2},
     "CP2": {"context": 2},
     "DP2": {},
-    "DP2 distributed optimizer": {"distributed_optimizer": True},
+    "DP2 distributed optimizer": SHARDED,
 }
 MOE = {
     **{name: layout for name, layout in DENSE.items() if name != "TP2"},
     "EP2": {"expert": 2},
     "TP2xEP2": {**TP2SP, "expert": 2},
-    "TP2xETP2": {**TP2SP, "expert_tensor": 2},
-    "EP2 distributed optimizer": {"expert": 2, "distributed_optimizer": True},
 }
+MORE_MOE = {"TP2xETP2": {**TP2SP, "expert_tensor": 2}, "EP2 distributed optimizer": {"expert": 2, **SHARDED}}
 WORLD4 = {
     "TP2xPP2": {**TP2SP, "pipeline": 2},
     "TP2xPP2xVPP2": {**TP2SP, "pipeline": 2, "virtual_pipeline": 2},
     "TP4": {"tensor": 4},
     "TP2xCP2": {**TP2SP, "context": 2},
-    "PP2xCP2": {"pipeline": 2, "context": 2, "distributed_optimizer": True},
-    "TP2xDP2 distributed optimizer": {**TP2SP, "distributed_optimizer": True},
+    "PP2xCP2": {"pipeline": 2, "context": 2, **SHARDED},
+    "TP2xDP2 distributed optimizer": {**TP2SP, **SHARDED},
     "PP4": {"pipeline": 4},
 }
 WORLD4_MOE = {
     **{name: layout for name, layout in WORLD4.items() if name != "TP4"},
     "TP2xPP2xEP2": {**TP2SP, "pipeline": 2, "expert": 2},
-    "EP2xDP2 distributed optimizer": {"expert": 2, "distributed_optimizer": True},
+    "EP2xDP2 distributed optimizer": {"expert": 2, **SHARDED},
     "TP2xEP2xETP2": {**TP2SP, "expert": 2, "expert_tensor": 2},
     "EP4": {"expert": 4},
     "CP2xEP2": {"context": 2, "expert": 2},
-    "CP2xTP2xEP4": {**TP2SP, "context": 2, "expert": 4, "distributed_optimizer": True},
+    "CP2xTP2xEP4": {**TP2SP, "context": 2, "expert": 4, **SHARDED},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_hidden_layers": 4, "tie_word_embeddings": True, "vocab_size": 101},
@@ -57,20 +57,21 @@ MODELS: dict[str, dict[str, Any]] = {
 MOE_ROUTING = (3, 2, 8)
 
 
-def _cases(tmp_path: Path, kind: str, layouts: dict[str, Any], recompute: list[str]) -> list[dict[str, Any]]:
-    if kind == "qwen3_moe":
-        changes, experts = MODELS[kind], MOE_ROUTING
-    else:
-        changes, experts = {**MODELS[kind]}, None
-    model = model_folder(tmp_path, kind, **changes)
+PACKED, BY_ROW = True, False
+CUTS = [(PACKED, "none"), (PACKED, "full"), (BY_ROW, "full")]
+
+
+def _cases(tmp_path: Path, kind: str, layouts: dict[str, Any], cuts: list[tuple[bool, str]]) -> list[dict[str, Any]]:
+    model = model_folder(tmp_path, kind, **MODELS[kind])
     cases = []
-    for packing, (name, layout), again in itertools.product([True, False], layouts.items(), recompute):
+    for (packing, recompute), (name, layout) in itertools.product(cuts, layouts.items()):
         reference = tmp_path / f"packing-{packing}.safetensors"
+        experts = MOE_ROUTING if kind == "qwen3_moe" else None
         case = {"model": str(model), "experts": experts, "packing": packing, "reference": str(reference)}
         if not reference.exists():
             write_reference(case, reference)
-        title = f"{name}, {'packed' if packing else 'not packed'}, recompute {again}"
-        cases.append({**case, "name": title, "parallel": {**layout, "recompute": again}})
+        title = f"{name}, {'packed' if packing else 'by row'}, recompute {recompute}"
+        cases.append({**case, "name": title, "parallel": {**layout, "recompute": recompute}})
     return cases
 
 
@@ -111,7 +112,6 @@ def check(tmp_path: Path, results: list[dict[str, Any]], moe: bool) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-SHARDED = {"distributed_optimizer": True}
 RESUMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the same": ({"expert": 2, **SHARDED}, {"expert": 2, **SHARDED}),
     "the same in a pipeline": ({"pipeline": 2, "virtual_pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}),
@@ -142,14 +142,16 @@ def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_two_ranks_in_every_layout(tmp_path: Path, kind: str) -> None:
-    layouts = MOE if kind == "qwen3_moe" else DENSE
-    cases = _cases(tmp_path, kind, layouts, ["none", "full"])
+    cases = _cases(tmp_path, kind, MOE if kind == "qwen3_moe" else DENSE, CUTS)
     check(tmp_path, run_ranks(tmp_path, 2, cases, 300), kind == "qwen3_moe")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_four_ranks_in_every_layout(tmp_path: Path, kind: str) -> None:
-    layouts = WORLD4_MOE if kind == "qwen3_moe" else WORLD4
-    cases = _cases(tmp_path, kind, layouts, ["none", "selective", "full"])
-    check(tmp_path, run_ranks(tmp_path, 4, cases, 900), kind == "qwen3_moe")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_whole_matrix(tmp_path: Path, ranks: int, kind: str) -> None:
+    two, four = (MOE | MORE_MOE, WORLD4_MOE) if kind == "qwen3_moe" else (DENSE, WORLD4)
+    cuts = list(itertools.product([PACKED, BY_ROW], ["none", "selective", "full"]))
+    cases = _cases(tmp_path, kind, two if ranks == 2 else four, cuts)
+    check(tmp_path, run_ranks(tmp_path, ranks, cases, 1500), kind == "qwen3_moe")

@@ -115,10 +115,18 @@ def build_model(settings: BackendSettings) -> BuiltModel:
     )
     load_weights(chunks, family, mapping, settings.model_path)
     if settings.freeze_embedding:
-        for entry in entries_of(chunks, family):
-            if "model.embed_tokens.weight" in entry.names:
-                entry.parameter.requires_grad_(False)
+        _freeze_embedding(chunks, family)
     return BuiltModel(configuration, family, config, chunks, mapping, table)
+
+
+def _freeze_embedding(chunks: list[Any], family: Family) -> None:
+    for entry in entries_of(chunks, family):
+        if "model.embed_tokens.weight" in entry.names:
+            entry.parameter.requires_grad_(False)
+    for chunk in chunks:
+        if chunk.pre_process:
+            # a recomputed layer gives its parameters no gradient, silently, if none of its inputs asks for one
+            chunk.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
 
 def _chunk(config: Any, configuration: ModelConfiguration, table: LayoutTable, number: int | None) -> Any:
