@@ -101,7 +101,7 @@ class Access:
 def _needed(path: str) -> keys.Scope:
     if path.startswith(ADMIN):
         return "admin"
-    return "worker" if path == "/generate" or path.endswith("/trajectories") else "agent"
+    return "worker" if path in ("/generate", "/abort_request") or path.endswith("/trajectories") else "agent"
 
 
 def check_session_name(name: str) -> None:

@@ -25,11 +25,18 @@ from postroad_router.completions import ChatAnswer, TextAnswer
 from postroad_router.documents import told
 from postroad_router.errors import ApiError
 from postroad_router.exchange import complete, converse, count
-from postroad_router.generate import forward, forward_stream
+from postroad_router.generate import abort, forward, forward_stream
 from postroad_router.idempotency import Idempotency
 from postroad_router.messages_api import CountRequest, MessagesAnswer, MessagesRequest, chat_request
 from postroad_router.metrics import ENGINES
-from postroad_router.openai_types import ChatRequest, CompletionRequest, GenerateRequest, read_chat, validated
+from postroad_router.openai_types import (
+    AbortRequest,
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    read_chat,
+    validated,
+)
 from postroad_router.parts import Parts
 from postroad_router.responses_api import ResponsesAnswer, ResponsesRequest
 
@@ -116,6 +123,18 @@ async def generate(request: Request) -> Response:
         return await EventStream.start(request, forward_stream(parts.dispatcher, parts.client, body))
     answer = forward(parts.dispatcher, parts.client, body)
     return Response(await until_gone(request.receive, answer), media_type="application/json")
+
+
+@routes.post("/abort_request", openapi_extra=told(AbortRequest))
+async def abort_request(request: Request) -> dict[str, int]:
+    """SGLang's: end a request of /generate by its `rid`. A client that hangs up ends its own."""
+    parts: Parts = request.app.state.parts
+    asked = validated(AbortRequest, await read_body(request))
+    if asked.abort_all and not request.state.caller.identity.may("admin"):
+        raise ApiError(403, "abort_all is for administrators", param="abort_all", code="insufficient_scope")
+    if not asked.abort_all and not asked.rid:
+        raise ApiError(400, "rid must name a request", param="rid", code="invalid_value")
+    return {"engines": await abort(parts.dispatcher, parts.client, asked.model_dump())}
 
 
 @routes.get("/openapi.json", include_in_schema=False)

@@ -96,9 +96,14 @@ class EngineClient:
 
     @asynccontextmanager
     async def post(
-        self, url: str, body: dict[str, Any], deadline_s: float, accept: str = "text/event-stream"
+        self,
+        url: str,
+        body: dict[str, Any],
+        deadline_s: float,
+        accept: str = "text/event-stream",
+        path: str = "/generate",
     ) -> AsyncIterator[Response]:
-        """The open response to /generate. Raises EngineFailure or EngineRefusal where its status is not 200, and
+        """The open response. Raises EngineFailure or EngineRefusal where its status is not 200, and
         TimeoutError at `deadline_s` (of time.monotonic)."""
         try:
             connection = await self._connections.open(url)
@@ -109,7 +114,7 @@ class EngineClient:
             data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
             headers = {"Accept": accept, "Content-Type": "application/json", "Content-Length": str(len(data))}
             lines = "".join(f"{name}: {value}\r\n" for name, value in inject_context(headers).items())
-            connection.send(b"%b%b\r\n%b" % (self._head("POST", url, "/generate"), lines.encode("latin-1"), data))
+            connection.send(b"%b%b\r\n%b" % (self._head("POST", url, path), lines.encode("latin-1"), data))
             while connection.status is None:
                 await self._news(url, connection, deadline_s)
             if connection.status != 200:
@@ -150,13 +155,13 @@ class EngineClient:
         raise EngineFailure(kind, f"{url} answered {status}: {text[:300]}")
 
     def _head(self, method: str, url: str, path: str) -> bytes:
-        head = self._heads.get(method + url)
+        head = self._heads.get(method + url + path)
         if head is None:
             parts = urlsplit(url)
             text = (
                 f"{method} {parts.path}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {self._key}\r\n"
             )
-            head = self._heads[method + url] = text.encode("latin-1")
+            head = self._heads[method + url + path] = text.encode("latin-1")
         return head
 
 

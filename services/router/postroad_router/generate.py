@@ -3,7 +3,9 @@ answer has been passed on; going on from received tokens is the chat route's."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,11 +18,31 @@ from postroad_router.errors import ApiError, EngineFailure, EngineRefusal
 from postroad_router.openai_types import refuse_code
 from postroad_router.routing import Wanted
 
+logger = logging.getLogger(__name__)
+
+ABORT_S = 10.0
+
 
 async def forward(dispatcher: Dispatcher, client: EngineClient, body: dict[str, Any]) -> bytes:
     """The engine's whole answer."""
     async with aclosing(_forward(dispatcher, client, body, whole=True)) as parts:
         return b"".join([part async for part in parts])
+
+
+async def abort(dispatcher: Dispatcher, client: EngineClient, body: dict[str, Any]) -> int:
+    """Tell every engine to end these requests; how many engines have answered."""
+    deadline_s = time.monotonic() + ABORT_S
+
+    async def tell(url: str) -> None:
+        async with client.post(url, body, deadline_s, path="/abort_request") as response:
+            await response.whole()
+
+    engines = list(dispatcher.engines.pool.engines.values())
+    outcomes = await asyncio.gather(*(tell(engine.url) for engine in engines), return_exceptions=True)
+    for engine, outcome in zip(engines, outcomes, strict=True):
+        if isinstance(outcome, BaseException):
+            logger.warning("engine %s was not told to abort: %r", engine.name, outcome)
+    return sum(outcome is None for outcome in outcomes)
 
 
 async def forward_stream(

@@ -222,6 +222,13 @@ class GenerateRequest(BaseModel):
     return_routed_experts: bool | None = None
 
 
+class AbortRequest(Open):
+    """SGLang's: of one request id, or of all."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
 def read_chat(body: dict[str, Any]) -> ChatRequest:
     """The request. Raises ApiError 400 that names the parameter."""
     chat = validated(ChatRequest, body)

@@ -80,6 +80,7 @@ class StubEngine:
         app = web.Application()
         app.router.add_post("/generate", self.generate)
         app.router.add_get("/health", self.health)
+        app.router.add_post("/abort_request", self.abort)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", 0)
@@ -89,6 +90,10 @@ class StubEngine:
     async def health(self, request: web.Request) -> web.Response:
         self.probes += 1
         return web.Response(status=200 if self.healthy else 503)
+
+    async def abort(self, request: web.Request) -> web.Response:
+        self.requests.append(await request.json())
+        return web.Response()
 
     def token(self, position: int, start: int, seed: int) -> int:
         place = position - start

@@ -236,6 +236,9 @@ async def test_generate_is_passed_through(mesh: Any, stub_engine: Any) -> None:
         assert whole["meta_info"]["engine"] == "e0" and engine.requests[0]["anything"] == 1
         streamed = (await client.post("/generate", json={**body, "stream": True})).text
         assert streamed.count("data: ") == 4 and streamed.endswith("data: [DONE]\n\n")
+        assert (await client.post("/abort_request", json={"rid": "x"})).json() == {"engines": 1}
+        assert engine.requests[-1] == {"rid": "x", "abort_all": False}
+        assert (await client.post("/abort_request", json={})).status_code == 400
         code = {**body, "sampling_params": {"custom_logit_processor": "gASV"}}
         assert (await client.post("/generate", json=code)).json()["error"]["code"] == "forbidden_parameter"
 
