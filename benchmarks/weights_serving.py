@@ -26,7 +26,7 @@ MODEL = ROOT / ".venv/share/postroad/models/smollm2"
 RUN, KEY = "serving", "benchmark-key"
 EVERY_S = 5.0
 REQUESTS = 8
-TICK_S = 0.05
+TICK_S = 0.1
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
 
 
@@ -144,20 +144,24 @@ async def _rates(
     alone: list[float] = []
     cycles: list[list[tuple[float, bool]]] = []
     for version in range(2, 2 + int(seconds / EVERY_S)):
-        (count, _), last = await _tokens(client), time.monotonic()
-        await asyncio.sleep(EVERY_S)
-        alone.append(((await _tokens(client))[0] - count) / (time.monotonic() - last))
+        alone.append(statistics.mean(rate for rate, _ in await _ticks(client, version)))
         await publisher.make_room()
         for *_, data in tensors:
             data[0] ^= 1  # every bucket is another one, and has to be moved
         snapshot = await asyncio.to_thread(Snapshot.freeze, RUN, version, tensors)
-        (count, _), last = await _tokens(client), time.monotonic()
-        end, ticks = last + EVERY_S, []
-        await publisher.publish(snapshot, f"d{version}")
-        while last < end:
-            await asyncio.sleep(TICK_S)
-            (now_count, served), now = await _tokens(client), time.monotonic()
-            ticks.append(((now_count - count) / (now - last), served < version))
-            count, last = now_count, now
-        cycles.append(ticks)
+        publishing = asyncio.create_task(publisher.publish(snapshot, f"d{version}"))
+        cycles.append(await _ticks(client, version))
+        await publishing
     return alone, cycles
+
+
+async def _ticks(client: httpx.AsyncClient, version: int) -> list[tuple[float, bool]]:
+    """Tokens per second of each tick of EVERY_S, and whether the engine did not serve `version` yet."""
+    (count, _), last = await _tokens(client), time.monotonic()
+    end, ticks = last + EVERY_S, []
+    while last < end:
+        await asyncio.sleep(TICK_S)
+        (now_count, served), now = await _tokens(client), time.monotonic()
+        ticks.append(((now_count - count) / (now - last), served < version))
+        count, last = now_count, now
+    return ticks

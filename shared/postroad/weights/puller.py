@@ -68,8 +68,9 @@ class Puller:
         try:
             if self._relay is not None:
                 await self._relay.withdraw()
-            leases[""], _ = await asyncio.gather(
+            leases[""], others, _ = await asyncio.gather(
                 self._store.acquire(f"weights.reader.{self.name}", self._holder, LEASE_S),
+                relays(self._store, manifest),
                 self._store.register(READER_REGISTRY, self.name, {"version": manifest.version}, LEASE_S),
             )
             missing = self._staging.prepare(manifest)
@@ -79,7 +80,7 @@ class Puller:
             session = Session(pull, self._staging, self._reading, self.rates, self._transports)
             renewing = asyncio.create_task(self._renew(manifest, leases))
             try:
-                await self._rounds(session, leases)
+                await self._rounds(session, leases, others)
             finally:
                 for transport, size in session.moved.items():
                     self.bytes_moved += size
@@ -155,20 +156,21 @@ class Puller:
         return [source for source, taken in zip(asked, await asyncio.gather(*map(take, asked)), strict=True) if taken]
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
-    async def _rounds(self, session: Session, leases: dict[str, Lease]) -> None:
+    async def _rounds(self, session: Session, leases: dict[str, Lease], others: list[Source]) -> None:
         """Until nothing is missing: spread what is missing over the healthy sources that have a slot, and read it."""
         manifest, faults = session.pull.manifest, dict[str, str]()
         while self._reading.state == "reading":
             self._reading.check(time.monotonic())
             missing = {number: manifest.buckets[number].size_bytes for number in self._reading.missing}
-            sources = [*manifest.sources, *await relays(self._store, manifest)]
-            useful = [s for s in sources if s.name not in faults and not missing.keys().isdisjoint(s.buckets())]
+            healthy = [source for source in (*manifest.sources, *others) if source.name not in faults]
+            useful = [source for source in healthy if not missing.keys().isdisjoint(source.buckets())]
             if not useful:
                 told = "; ".join(f"{name}: {fault}" for name, fault in faults.items()) or "nobody holds it"
                 raise WeightsError(f"version {manifest.version} could not be read: {told}")
             granted = {source.name: source for source in await self._slots(useful, leases)}
             if not granted:
                 await asyncio.sleep(POLL_S)
+                others = await relays(self._store, manifest)
                 continue
             plan = spread(missing, {name: source.buckets() for name, source in granted.items()})
             reads = {name: SourceRead(session, granted[name]) for name in plan}
@@ -176,5 +178,6 @@ class Puller:
             faults |= {name: fault for name, fault in zip(plan, told_by, strict=True) if fault}
             if self._reading.state == "reading":  # otherwise they go with the lease of the pull
                 await asyncio.gather(*(self._store.release(leases.pop(name)) for name in granted))
+                others = await relays(self._store, manifest)
         if self._reading.state != "verified":
             raise WeightsError(f"version {manifest.version} was given up")

@@ -7,6 +7,7 @@ import hmac
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -60,16 +61,25 @@ class ImageServer:
             await writer.drain()
             return
         writer.write(HEADER.pack(total))
-        descriptor = os.dup(image.descriptor)  # the image may be released while it is being sent
-        with os.fdopen(descriptor, "rb") as file:
-            for offset, size in _merged(ranges):
+        await asyncio.wait_for(self._send(image, _merged(ranges), writer), IDLE_S + total / SLOWEST_BYTES_S)
+
+    async def _send(self, image: Image, ranges: list[tuple[int, int]], writer: asyncio.StreamWriter) -> None:
+        """The image may be released meanwhile: what is being sent holds on to it."""
+        loop, memory, own = asyncio.get_running_loop(), image.bytes, writer.get_extra_info("socket")
+        near = own.getpeername()[0] == own.getsockname()[0]
+        with os.fdopen(os.dup(image.descriptor), "rb") as file, socket.socket(fileno=os.dup(own.fileno())) as direct:
+            direct.setblocking(False)
+            for offset, size in ranges:
                 if size <= _SMALL_BYTES:
-                    writer.write(os.pread(descriptor, size, offset))
+                    writer.write(os.pread(file.fileno(), size, offset))
                     continue
-                await asyncio.wait_for(writer.drain(), IDLE_S)
-                sending = asyncio.get_running_loop().sendfile(writer.transport, file, offset, size)
-                await asyncio.wait_for(sending, IDLE_S + size / SLOWEST_BYTES_S)
-        await asyncio.wait_for(writer.drain(), IDLE_S)
+                await writer.drain()
+                if near and offset + size <= memory.size and not writer.transport.get_write_buffer_size():
+                    # on the same host sendfile, which goes page by page, takes twice the time of a copy
+                    await loop.sock_sendall(direct, memory[offset : offset + size].data)
+                else:
+                    await loop.sendfile(writer.transport, file, offset, size)
+        await writer.drain()
 
 
 def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
