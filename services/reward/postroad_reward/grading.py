@@ -31,11 +31,7 @@ class Grading:
         self.reward = reward
         self._parts = list(parts_of(reward.grader, dict(reward.settings)))
         self.pool = Pool(limit=reward.concurrency, prepare=[part for part in self._parts if find(part[0]).grade])
-        sandbox = reward.sandbox
-        limits = Limits(**sandbox.model_dump(include=set(Limits.model_fields)))
-        self.sandbox = Sandbox(
-            limits, size=reward.concurrency, packages=tuple(sandbox.packages), imports=tuple(sandbox.imports)
-        )
+        self.sandbox = sandbox_of(reward, reward.concurrency)
         self.http = httpx.AsyncClient(limits=httpx.Limits(max_connections=256))
         self._rooms = {name: asyncio.Semaphore(limit) for name, limit in reward.limits.items()}
 
@@ -76,6 +72,12 @@ class Grading:
         except Exception as error:
             raise _typed(error) from error
         return grades
+
+
+def sandbox_of(reward: RewardSection, size: int) -> Sandbox:
+    section = reward.sandbox
+    limits = Limits(**section.model_dump(include=set(Limits.model_fields)))
+    return Sandbox(limits, size=size, packages=tuple(section.packages), imports=tuple(section.imports))
 
 
 def checked(grader: str, settings: dict[str, Any]) -> tuple[Grader[Any], Settings]:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,12 @@ class Road:
     async def letters(self) -> list[DeadLetter]:
         return [entry.message async for entry in self.bus.replay("DEAD")]
 
-    def recipe(self, **reward: Any) -> Path:
+    def recipe(self, tools: Sequence[dict[str, Any]] = (), **reward: Any) -> Path:
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump({
             "name": "test", "model": {"bundled": "tiny-llama"},
             "data": {"kind": "class", "path": "a.b"}, "trainer": {"steps": 1},
-            "reward": {"grader": "exact", "concurrency": 4, **reward},
+            "tools": list(tools), "reward": {"grader": "exact", "concurrency": 4, **reward},
         }))  # fmt: skip
         return path
 
@@ -90,6 +90,7 @@ class Road:
 @pytest.fixture
 async def road(nats, valkey, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.syspath_prepend(str(HERE))
     bus, store = await Bus.connect(nats.url, RUN), await Store.connect(valkey.url, RUN)
     await bus.create_streams()
     yield Road(bus, store, tmp_path, nats.url, valkey.url)

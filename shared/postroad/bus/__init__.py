@@ -1,6 +1,7 @@
 """The road: JetStream streams, durable publishing, work consumers and replay."""
 
 from postroad.bus.bus import AlreadyPublished, Bus, BusError, InvalidMessage, LoggedMessage
+from postroad.bus.requests import NobodyListens, NoReply, ask, replies
 from postroad.bus.streams import STREAMS, Subjects
 from postroad.bus.work import Hop, Reject, RetryLater, work, work_and_drain
 
@@ -12,9 +13,13 @@ __all__ = [
     "Hop",
     "InvalidMessage",
     "LoggedMessage",
+    "NoReply",
+    "NobodyListens",
     "Reject",
     "RetryLater",
     "Subjects",
+    "ask",
+    "replies",
     "work",
     "work_and_drain",
 ]

@@ -69,6 +69,10 @@ class Subjects:
     def event(self, service: str) -> str:
         return f"event.{self.run}.{_check(service)}"
 
+    def tool(self, holder: str = "") -> str:
+        """Where tools are called: any process that serves them, or the one that holds a session. No stream has it."""
+        return f"tool.{self.run}.at.{_check(holder)}" if holder else f"tool.{self.run}.any"
+
     def all(self, stream: str) -> str:
         """The filter that matches this run's messages in `stream`."""
         return f"{(STREAMS[stream].subjects or [''])[0].removesuffix('.>')}.{self.run}.>"

@@ -1,8 +1,7 @@
-"""Whether the reward service, where it is installed, has a recipe's grader with such settings."""
+"""Whether the reward service, where it is installed, has a recipe's grader and tools with such settings."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,10 +13,9 @@ DEADLINE_S = 60.0
 
 def check_grader(recipe: Recipe) -> None:
     """Asked in a process of its own, because shared imports no service. Raises RecipeError."""
-    reward = recipe.reward
-    if reward.grader == "none" or find_spec("postroad_reward") is None:
+    if (recipe.reward.grader == "none" and not recipe.tools) or find_spec("postroad_reward") is None:
         return
-    command = [sys.executable, "-m", "postroad_reward", "check", reward.grader, json.dumps(reward.settings)]
+    command = [sys.executable, "-m", "postroad_reward", "check", recipe.model_dump_json()]
     asked = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     if asked.returncode:
         raise RecipeError(f"reward: {asked.stderr.strip()}")

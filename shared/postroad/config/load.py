@@ -65,6 +65,10 @@ def _absolute(tree: dict[str, Any], folder: Path) -> None:
     model = tree.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
         model["path"] = str(folder / model["path"])
+    tools = tree.get("tools")
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict) and isinstance(tool.get("corpus"), str):
+            tool["corpus"] = str(folder / tool["corpus"])
     evaluations = tree.get("evaluation")
     for section in (tree, *(evaluations if isinstance(evaluations, list) else ())):
         data = section.get("data") if isinstance(section, dict) else None

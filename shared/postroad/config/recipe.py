@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from postroad.config.algorithm import OF_GROUPS, AlgorithmSection, DottedPath, named
 from postroad.config.parallel import ParallelSection
 from postroad.config.section import Section
+from postroad.config.tools import ToolSection
 
 
 class ModelSection(Section):
@@ -241,6 +242,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     reward: RewardSection = RewardSection(grader="none")
+    tools: list[ToolSection] = Field(default_factory=list)
     rollout: RolloutSection = RolloutSection()
     router: RouterSection = RouterSection()
     trainer: TrainerSection
@@ -267,6 +269,9 @@ class Recipe(Section):
             raise ValueError(f"rollout.engine.roles lists {len(roles)} engines of {self.rollout.engines}")
         if ("prefill" in roles) != ("decode" in roles):
             raise ValueError("rollout.engine.roles needs both prefill and decode, or neither: they work in pairs")
+        tools = [tool.called for tool in self.tools if tool.kind != "mcp"]
+        if len(set(tools)) != len(tools):
+            raise ValueError(f"two tools have the same name: {tools}; give one another name")
         names = [evaluation.name for evaluation in self.evaluation]
         if len(set(names)) != len(names):
             raise ValueError(f"two evaluations have the same name: {names}")

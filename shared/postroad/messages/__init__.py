@@ -7,6 +7,7 @@ from postroad.messages.event import Event
 from postroad.messages.sample import Sample
 from postroad.messages.step import Dropped, Step
 from postroad.messages.task import EngineFeatures, RewardSpec, Sampling, Task
+from postroad.messages.tool import ToolCall, ToolList, ToolResult, ToolStatus
 from postroad.messages.trajectory import Trajectory, VersionSpan
 
 __all__ = [
@@ -23,6 +24,10 @@ __all__ = [
     "SchemaError",
     "Step",
     "Task",
+    "ToolCall",
+    "ToolList",
+    "ToolResult",
+    "ToolStatus",
     "Trajectory",
     "VersionSpan",
     "decode",
