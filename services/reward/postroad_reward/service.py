@@ -25,7 +25,7 @@ from postroad_reward.sandbox import SandboxLost
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0
-DRAIN_S = 4.0
+DRAIN_S = 3.0
 GROUPED = 4096  # trajectories in hand where a grader waits for whole groups
 GROUP_POLL_S, GROUP_SLACK_S = 0.2, 5.0
 

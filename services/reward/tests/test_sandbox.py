@@ -80,6 +80,19 @@ async def test_a_lost_sandbox_is_named_and_replaced(sandbox):
     assert (await sandbox.run(Job("print(1)"))).stdout == "1\n"
 
 
+async def test_a_session_whose_sandbox_was_lost_does_not_come_back(sandbox):
+    async with sandbox.session() as session:
+        (slot,) = [slot for slot in sandbox._slots if slot is session._slot]
+        running = asyncio.create_task(session.run("import time; time.sleep(30)", deadline_s=30))
+        await asyncio.sleep(0.2)
+        slot.process.kill()
+        with pytest.raises(SandboxLost):
+            await running
+        with pytest.raises(SessionClosed):
+            await session.run("1")
+    assert slot not in sandbox._slots and (await sandbox.run(Job("print(1)"))).stdout == "1\n"
+
+
 async def test_a_cancelled_job_is_killed(sandbox, gone):
     running = asyncio.create_task(sandbox.run(Job("while True: pass", deadline_s=60)))
     await asyncio.sleep(0.2)

@@ -98,7 +98,7 @@ class Sandbox:
             slot, healthy = await self._take(), False
             try:
                 yield slot
-                healthy = True
+                healthy = not slot.owing
             finally:
                 if healthy:
                     self._idle.append(slot)

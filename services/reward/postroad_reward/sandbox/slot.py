@@ -37,6 +37,7 @@ class Slot:
         assert process.stdin is not None and process.stdout is not None
         self.process, self.limits, self._stdin, self._stdout = process, limits, process.stdin, process.stdout
         self.alive = False  # whether a session goes on
+        self.owing = False  # an answer, for ever where the sandbox broke or nobody waited for it
         self._pid, self._pidfd, self._idle_bytes = 0, -1, 0
         self._group: ControlGroup | None = None
 
@@ -85,6 +86,7 @@ class Slot:
         self._idle_bytes = memory_bytes(members)
 
     async def run(self, job: Job, *, session: bool = False, life_s: float | None = None) -> Result:
+        self.owing = True
         await self._send({
             "code": job.code, "stdin": base64.b64encode(job.stdin).decode(), "deadline_s": job.deadline_s,
             "files": {path: base64.b64encode(content).decode() for path, content in job.files.items()},
@@ -94,7 +96,7 @@ class Slot:
         try:
             async with asyncio.timeout(job.deadline_s + SLACK_S):
                 answer = await self._receive()
-                self.alive = answer.pop("alive")
+                self.alive, self.owing = answer.pop("alive"), False
                 if answer["status"] == "lost":
                     raise SandboxLost(f"the sandbox could not set the job up: {answer['stderr']}")
                 return Result(**answer)
