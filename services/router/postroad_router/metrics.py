@@ -13,8 +13,8 @@ TOKENS = Counter("postroad_router_tokens", "Tokens that engines have delivered")
 ENGINE_FAILURES = Counter("postroad_router_engine_failures", "Failed attempts by kind", ["kind"])
 UNMATCHED = Counter("postroad_router_unmatched_tokens", "Generated tokens whose routed experts are not known")
 SESSION_TURNS = Counter(
-    "postroad_router_session_turns", "Turns of sessions by how their prompt came about: begun, appended, branched (from an "
-    "earlier turn: history edited or tried again), rewritten (by the template: rendered anew)", ["how"],
+    "postroad_router_session_turns",
+    "Turns of sessions by their prompt: begun, appended to an earlier turn, or rewritten by the template", ["how"],
 )  # fmt: skip
 DRIFT = Counter("postroad_router_session_drift", "Pieces of sessions that differ from the template's own", ["kind"])
 IN_FLIGHT = Gauge("postroad_router_in_flight_requests", "Generations that are running")

@@ -143,6 +143,10 @@ async def test_edits_and_retries_become_branches(mesh: Any, stub_engine: Any) ->
         "1 and what it began were tried again"
     )
     assert len(await collect(mesh, "s", "latest")) == 1
+    async with Agent(mesh, "s") as agent:
+        for content in ("another", "talk", "talk"):  # 5, 6, 7
+            await agent.say([{"role": "user", "content": content}])
+    assert [t.id for t in await collect(mesh, "s", "branches")] == ["g0.0", "g0.0.5", "g0.0.4", "g0.0.3"]
 
 
 async def test_concurrent_calls_are_siblings_and_none_is_lost(start_router: Any, stub_engine: Any) -> None:

@@ -64,7 +64,7 @@ class Session:
         for path in paths[:TRIED_PATHS]:
             prompt = await _appended(path, asked, junctions)
             if prompt is not None:
-                SESSION_TURNS.labels("appended" if path is paths[0] else "branched").inc()
+                SESSION_TURNS.labels("appended").inc()
                 return prompt
         SESSION_TURNS.labels("rewritten" if paths else "begun").inc()
         return await anew(asked, junctions, paths[0][-1].number if paths else ROOT)

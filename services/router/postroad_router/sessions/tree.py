@@ -149,7 +149,12 @@ def leaves(turns: dict[int, Turn], keep: str) -> list[Turn]:
         return ends[:1]
     if keep == "all":
         return ends
-    begun: dict[int, float] = {}
+    begun: dict[tuple[int, bytes], float] = {}
     for turn in turns.values():
-        begun[turn.follows] = max(begun.get(turn.follows, 0.0), turn.started)
-    return [turn for turn in ends if begun[turn.follows] < turn.ended]
+        begun[_place(turn)] = max(begun.get(_place(turn), 0.0), turn.started)
+    return [turn for turn in ends if begun[_place(turn)] < turn.ended]
+
+
+def _place(turn: Turn) -> tuple[int, bytes]:
+    """The same for turns of which one may be another try of the other: first ones with other prompts are not."""
+    return turn.follows, turn.prompt.tobytes() if turn.follows == ROOT else b""
