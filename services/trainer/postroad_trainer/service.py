@@ -82,7 +82,8 @@ class TrainerService:
         self.staleness_max = 0
         self.position = Position(environment.run, 0, 0, "", 0, 1)
         algorithm, temperature = recipe.trainer.algorithm, recipe.rollout.sampling.temperature
-        self.teacher = Teacher(algorithm.teacher_url, temperature) if algorithm.distillation_coefficient else None
+        teacher = (algorithm.teacher_url, temperature, environment.teacher_key)
+        self.teacher = Teacher(*teacher) if algorithm.distillation_coefficient else None
         self._broken, self._seconds_before = 0, dict[str, float]()
 
     async def run(self) -> None:

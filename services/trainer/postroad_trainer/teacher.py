@@ -30,13 +30,14 @@ class TeacherError(RuntimeError):
 
 
 class Teacher:
-    def __init__(self, url: str, temperature: float) -> None:
+    def __init__(self, url: str, temperature: float, key: str = "") -> None:
         self._url, self._temperature = f"{url.rstrip('/')}/generate", temperature
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def scored(self, groups: Groups) -> list[list[Sample]]:
         """The groups with the teacher's log-probability of every token. Raises TeacherError."""
         limit = asyncio.Semaphore(CONCURRENCY)
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=self._headers) as client:
 
             async def one(sample: Sample) -> Sample:
                 if sample.teacher_log_probabilities is not None:

@@ -14,7 +14,8 @@ NEEDED = (
 
 @dataclass(frozen=True)
 class Environment:
-    """What a service is told by whoever starts it. `key` is the mesh's bearer key; URLs may carry passwords."""
+    """What a service is told by whoever starts it. `key` is the mesh's bearer key, `teacher_key` that of a distillation's
+    teacher; URLs may carry passwords."""
 
     run: str
     folder: Path
@@ -22,6 +23,7 @@ class Environment:
     nats_url: str = field(repr=False)
     redis_url: str = field(repr=False)
     key: str = field(repr=False)
+    teacher_key: str = field(default="", repr=False)
     model: Path = Path("model")
     name: str = ""
     host: str = "127.0.0.1"
@@ -41,6 +43,7 @@ class Environment:
             nats_url=os.environ["POSTROAD_NATS_URL"],
             redis_url=os.environ["POSTROAD_REDIS_URL"],
             key=os.environ["POSTROAD_KEY"],
+            teacher_key=os.environ.get("POSTROAD_TEACHER_KEY", ""),
             model=Path(os.environ["POSTROAD_MODEL"]),
             name=os.environ.get("POSTROAD_NAME", ""),
             host=os.environ.get("POSTROAD_HOST", "127.0.0.1"),
