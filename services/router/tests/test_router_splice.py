@@ -16,7 +16,7 @@ from postroad_router.model import ModelFacts
 from postroad_router.splice import Splice
 
 PROMPT, NEW = (7, 8, 9), 6
-LAYERS, MOE, TOP_K = 3, (1, 2), 2
+LAYERS, MOE, TOP_K = 5, (1, 2), 2  # so many that no number of rows can be taken for another form's
 
 
 def row(engine: int, position: int) -> np.ndarray:
@@ -48,7 +48,8 @@ def chunks(body: dict[str, Any], engine: int, form: str, version: int = 3) -> li
         elif over:
             rows = np.array([row(engine, at) for at in range(start, known + number - 1 + ("one more" in form))], "<i4")
             if "layers" in form and len(rows):
-                rows = np.concatenate([np.full((len(rows), 1, TOP_K), 99, "<i4"), rows], 1)
+                dense = np.full((len(rows), 1, TOP_K), 99, "<i4")
+                rows = np.concatenate([dense, rows, dense, dense], 1)
             meta["routed_experts"] = base64.b64encode(rows.astype("<i4").tobytes()).decode()
         made.append({"output_ids": [10 + known + number - 1] if number else [], "meta_info": meta})
     return made
