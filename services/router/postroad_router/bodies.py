@@ -35,7 +35,8 @@ async def read_body(request: Request) -> dict[str, Any]:
         raise ApiError(400, f"the body must be a JSON object, not {type(body).__name__}", code="invalid_json")
     if too_deep(body):
         raise ApiError(400, f"the body is nested deeper than {BODY_DEPTH} levels", code="body_too_deep")
-    return {name: request.headers[header] for header, name in HEADERS.items() if header in request.headers} | body
+    given = {name: request.headers[header] for header, name in HEADERS.items() if header in request.headers}
+    return {name: int(text) if text.isdecimal() else text for name, text in given.items()} | body
 
 
 async def read_msgpack(request: Request) -> dict[str, Any]:

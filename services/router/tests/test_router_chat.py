@@ -236,6 +236,8 @@ async def test_generate_is_passed_through(mesh: Any, stub_engine: Any) -> None:
         assert whole["meta_info"]["engine"] == "e0" and engine.requests[0]["anything"] == 1
         streamed = (await client.post("/generate", json={**body, "stream": True})).text
         assert streamed.count("data: ") == 4 and streamed.endswith("data: [DONE]\n\n")
+        old = await client.post("/generate", json=body, headers={"X-Postroad-Version": "0"})
+        assert old.status_code == 409 and old.json()["error"]["code"] == "version_gone"
         assert (await client.post("/abort_request", json={"rid": "x"})).json() == {"engines": 1}
         assert engine.requests[-1] == {"rid": "x", "abort_all": False}
         assert (await client.post("/abort_request", json={})).status_code == 400
