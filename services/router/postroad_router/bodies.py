@@ -36,7 +36,7 @@ async def read_body(request: Request) -> dict[str, Any]:
     if too_deep(body):
         raise ApiError(400, f"the body is nested deeper than {BODY_DEPTH} levels", code="body_too_deep")
     given = {name: request.headers[header] for header, name in HEADERS.items() if header in request.headers}
-    return {name: int(text) if text.isdecimal() else text for name, text in given.items()} | body
+    return {name: int(text) if text.isdecimal() and len(text) < 10 else text for name, text in given.items()} | body
 
 
 async def read_msgpack(request: Request) -> dict[str, Any]:
