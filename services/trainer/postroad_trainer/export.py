@@ -20,7 +20,7 @@ NOT_COPIED = {"model.safetensors.index.json"}
 
 async def export_model(leader: Leader, environment: Environment, version: int) -> Path:
     """Write `<folder>/model` whole or not at all: weights of `version`, configuration and tokenizer of the base."""
-    snapshot = await leader.freeze(environment.run, version)
+    snapshot = await asyncio.to_thread(await leader.freeze(environment.run, version))
     try:
         return await asyncio.to_thread(_write, snapshot, environment.model, environment.folder / "model")
     finally:

@@ -85,6 +85,7 @@ class TrainerService:
         teacher = (algorithm.teacher_url, temperature, environment.teacher_key)
         self.teacher = Teacher(*teacher) if algorithm.distillation_coefficient else None
         self._broken, self._seconds_before = 0, dict[str, float]()
+        self._publishing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Train to the recipe's last step. Raises what ends the run; a clean return is a finished run."""
@@ -107,6 +108,9 @@ class TrainerService:
             await self.leader.stop()
         finally:
             beat.cancel()
+            if self._publishing is not None:
+                self._publishing.cancel()
+                await asyncio.wait({self._publishing})
             await self.publisher.close()
             await self.store.close()
             await self.bus.close()
@@ -139,6 +143,7 @@ class TrainerService:
                 max([self.position.next_number, *(number + 1 for number in numbers)]), self.position.sample_sequence,
             )  # fmt: skip
         await self._publish(self.position.version, self.position.digest)
+        await self._published()
 
     # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────
     async def _train(self, data: Data) -> None:
@@ -181,7 +186,9 @@ class TrainerService:
         while self.position.step < total:
             await self._step(road)
             if evaluator.due(self.position.version, total):
+                await self._published()
                 await evaluator.run(self.position.version, total)
+        await self._published()
         await export_model(self.leader, self.environment, self.position.version)
 
     async def _step(self, road: Road) -> None:
@@ -256,12 +263,22 @@ class TrainerService:
                 ) from None
 
     async def _publish(self, version: int, digest: str) -> None:
-        """Give the weights to the engines, where there are any."""
+        """Begin to give the weights to the engines, where there are any."""
         if self.recipe.trainer.algorithm.supervised:
             return
+        await self._published()
         await self.publisher.make_room()
-        snapshot = await self.leader.freeze(self.environment.run, version)
-        await self.publisher.publish(snapshot, digest)
+        finish = await self.leader.freeze(self.environment.run, version)
+
+        async def hand_over() -> None:
+            await self.publisher.publish(await asyncio.to_thread(finish), digest)
+
+        self._publishing = asyncio.create_task(hand_over())
+
+    async def _published(self) -> None:
+        """Wait until the last version is out: it is handed over while the next step is trained. Raises WeightsError."""
+        if self._publishing is not None:
+            await self._publishing
 
     async def _checkpoint(self) -> None:
         loop = asyncio.get_running_loop()

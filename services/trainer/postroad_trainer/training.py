@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -156,11 +157,17 @@ class Training:
     def digest(self) -> str:
         return self.backend.digest()
 
-    def freeze(self, run: str, version: int) -> Snapshot:
-        """A snapshot of the parameters, in the Hugging Face layout."""
-        return Snapshot.freeze(
-            run, version, (_bytes_of(name, tensor) for name, tensor in self.backend.export_weights())
-        )
+    def freeze(self, run: str, version: int) -> Callable[[], Snapshot]:
+        """A snapshot of the parameters as they are now, in the Hugging Face layout. What is returned finishes it, on any
+        thread: on a GPU of its own a rank copies its weights there, and they leave it while training goes on."""
+        weights = self.backend.export_weights()
+        if world_size() > 1 or not torch.cuda.is_available():
+            snapshot = Snapshot.freeze(run, version, (_bytes_of(name, tensor) for name, tensor in weights))
+            return lambda: snapshot
+        copies = [(name, tensor.detach().clone()) for name, tensor in weights]
+        copied = torch.cuda.Event()
+        copied.record()
+        return lambda: Snapshot.freeze(run, version, _leaving(copies, copied))
 
     def save(self, folder: Path) -> None:
         self.backend.save(folder)
@@ -176,6 +183,21 @@ class Training:
         """Leave the process groups, whose threads would otherwise abort the interpreter at its end."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _leaving(
+    copies: list[tuple[str, torch.Tensor]], copied: torch.cuda.Event
+) -> Iterator[tuple[str, str, tuple[int, ...], np.ndarray]]:
+    """Bytes of tensors that lie on the GPU, on a stream beside that of the training."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        stream.wait_event(copied)
+        for name, tensor in copies:
+            yield _bytes_of(name, tensor)
 
 
 def _bytes_of(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...], np.ndarray]:
