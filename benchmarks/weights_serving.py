@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import yaml
 
 from postroad.bus import Bus
 from postroad.store import Store
@@ -69,7 +70,7 @@ async def serve_and_pull(nats_url: str, redis_url: str, folder: Path, seconds: f
     tensors = read_model(MODEL)
     manifest = await publisher.publish(await asyncio.to_thread(Snapshot.freeze, RUN, 1, tensors), "d1")
     environment = os.environ | {
-        "POSTROAD_RUN": RUN, "POSTROAD_DIR": str(folder), "POSTROAD_RECIPE": str(ROOT / "recipes/demo.yaml"),
+        "POSTROAD_RUN": RUN, "POSTROAD_DIR": str(folder), "POSTROAD_RECIPE": str(_recipe(folder)),
         "POSTROAD_MODEL": str(MODEL), "POSTROAD_NATS_URL": nats_url, "POSTROAD_REDIS_URL": redis_url,
         "POSTROAD_KEY": KEY, "POSTROAD_NAME": "engine-0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
@@ -100,6 +101,15 @@ async def serve_and_pull(nats_url: str, redis_url: str, folder: Path, seconds: f
         statistics.median(b / a for a, b in zip(alone, with_pull, strict=True)), len(pulled) * TICK_S / len(cycles),
         transports=transports,
     )  # fmt: skip
+
+
+def _recipe(folder: Path) -> Path:
+    """The demo's, whose engine keeps its KV cache at a switch: what is computed again after one is no part of a pull."""
+    recipe = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
+    recipe["rollout"]["engine"]["update"] = "keep_kv"
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
 
 
 def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
