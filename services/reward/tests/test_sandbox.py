@@ -40,16 +40,20 @@ async def test_a_job_is_ordinary_python(sandbox):
 
 
 async def test_no_trace_of_one_job_is_visible_to_another(started_sandbox):
-    sandbox = await started_sandbox(size=1)
+    sandbox = await started_sandbox(size=1, packages=("numpy",), imports=("numpy.random",))
     try:
         await sandbox.run(
             Job("import os, sys; open('/tmp/a', 'w').write('x'); os.environ['A'] = 'x'; sys.path.append('x')")
         )
         seen = await sandbox.run(Job("import os, sys; print(os.listdir('/tmp'), 'A' in os.environ, 'x' in sys.path)"))
-        numbers = {(await sandbox.run(Job("import random; print(random.random())"))).stdout for _ in range(3)}
+        numbers = {
+            (await sandbox.run(Job("import random, numpy; print(random.random(), numpy.random.rand())"))).stdout
+            for _ in range(3)
+        }
+        both = [number for pair in numbers for number in pair.split()]
     finally:
         await sandbox.close()
-    assert seen.stdout == "[] False False\n" and len(numbers) == 3
+    assert seen.stdout == "[] False False\n" and len(set(both)) == 6
 
 
 async def test_a_session_keeps_its_state_until_a_limit_ends_it(sandbox):

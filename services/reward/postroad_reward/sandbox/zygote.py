@@ -76,7 +76,7 @@ class Cage:
             __import__(name)
 
     def enter(self) -> None:
-        """Namespaces, the private /tmp and, for good, no capability and the filter."""
+        """Namespaces, the private /tmp and, for good, no capability."""
         call("unshare", NEW_NAMESPACES)
         options = f"size={self.limits['disk_bytes']},nr_inodes=4096,mode=0777".encode()
         call("mount", b"tmpfs", b"/tmp", b"tmpfs", NO_SET_UID | NO_DEVICES | NO_EXECUTION, options)
@@ -88,7 +88,8 @@ class Cage:
         call("capset", nothing, ctypes.byref(nothing, 8))
 
     def limit(self, seconds: float) -> None:
-        """A core limit of 1 byte, unlike 0, also keeps a crash from the program that core_pattern may name (core(5))."""
+        """The limits and the filter. A core limit of 1 byte, unlike 0, also keeps a crash from the program that
+        core_pattern may name (core(5))."""
         memory, seconds = self.limits["memory_bytes"], int(seconds) + 2
         for what, value in (
             (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 1),
@@ -191,6 +192,8 @@ def main_module() -> types.ModuleType:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     site.setquit()
     sys.argv, sys.path[:0] = ["job"], ["/tmp"]  # /packages is there already
+    if "numpy.random" in sys.modules:  # one of `imports`, whose generator every job would share
+        sys.modules["numpy.random"].seed()
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     return module
 
