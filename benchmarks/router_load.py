@@ -66,7 +66,8 @@ class Client(asyncio.Protocol):
             self._end()
 
     def _end(self) -> None:
-        assert self._done is not None
+        if self._done is None or self._done.done():
+            return
         if self._status == b"200":
             self._done.set_result(bytes(self._data))
         else:

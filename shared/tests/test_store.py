@@ -67,3 +67,10 @@ async def test_acknowledged_writes_survive_a_killed_server(store, valkey):
 async def test_a_wrong_password_is_explained(valkey):
     with pytest.raises(StoreError, match="another run"):
         await Store.connect(valkey.url.replace("valkey-secret", "wrong"), "r", deadline_s=5)
+
+
+async def test_many_at_a_time_share_the_connections(valkey):
+    store = await Store.connect(valkey.url, "many")
+    await asyncio.gather(*(store.set(f"d{number}", number) for number in range(1000)))
+    assert await asyncio.gather(*(store.get(f"d{number}") for number in range(1000))) == list(range(1000))
+    await store.close()

@@ -14,6 +14,7 @@ import httptools
 
 CONNECT_S = 3.0
 DRAIN_S = 1.0
+ADDRESSES = 64
 KEEP_ALIVE_S = 2.0  # less than a server's, so that no request meets a connection that is being closed
 BUFFER_BYTES = 4 * 1024 * 1024  # past it the engine is not read from until the client has taken something
 
@@ -156,6 +157,8 @@ class Connections:
         elif connection.reusable:
             connection.take()
             self._idle.setdefault(url, []).append(connection)
+        if len(self._idle) > ADDRESSES:  # most of them are of engines that are no more
+            self._idle = {url: kept for url, kept in self._idle.items() if any(each.reusable for each in kept)}
 
     def close(self) -> None:
         for connections in self._idle.values():

@@ -57,8 +57,12 @@ class Dispatcher:
                     while chunks := await self._next(splice, response, engine_name):
                         for chunk in chunks:
                             yield chunk
-                    if splice.finish is None or (not splice.complete and body["sampling_params"]["max_new_tokens"] == 0):
-                        raise EngineFailure("garbage", f"{engine_name} ended without tokens or experts that were asked for")
+                    if splice.finish is None or (
+                        not splice.complete and body["sampling_params"]["max_new_tokens"] == 0
+                    ):
+                        raise EngineFailure(
+                            "garbage", f"{engine_name} ended without tokens or experts that were asked for"
+                        )
             except TimeoutError as error:
                 raise timed_out(request.timeout_s) from error
             except EngineRefusal as refusal:
@@ -111,13 +115,12 @@ class Dispatcher:
         for engine, cost in zip(route.engines, costs, strict=True):
             pool.start(engine, cost)
         try:
-            async with AsyncExitStack() as stack:
-                if route.prefill is None:
-                    posting = self._client.post(route.engine.url, body, deadline_s, accept)
-                    response = await stack.enter_async_context(posting)
-                else:
-                    response = await self._open_pair(stack, route, body, deadline_s, accept)
-                yield response
+            if route.prefill is None:
+                async with self._client.post(route.engine.url, body, deadline_s, accept) as response:
+                    yield response
+            else:
+                async with AsyncExitStack() as stack:
+                    yield await self._open_pair(stack, route, body, deadline_s, accept)
             for engine in route.engines:
                 pool.succeed(engine)
         finally:

@@ -75,7 +75,6 @@ class EngineClient:
     def __init__(self, key: str, *, silence_s: float = SILENCE_S, probe_s: float = PROBE_S) -> None:
         self._key, self._silence_s, self._probe_s = key, silence_s, probe_s
         self._connections = Connections()
-        self._heads: dict[str, bytes] = {}
 
     async def close(self) -> None:
         self._connections.close()
@@ -112,9 +111,9 @@ class EngineClient:
         response = Response(self, url, connection, deadline_s)
         try:
             data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-            headers = {"Accept": accept, "Content-Type": "application/json", "Content-Length": str(len(data))}
-            lines = "".join(f"{name}: {value}\r\n" for name, value in inject_context(headers).items())
-            connection.send(b"%b%b\r\n%b" % (self._head("POST", url, path), lines.encode("latin-1"), data))
+            trace = "".join(f"{name}: {value}\r\n" for name, value in inject_context({}).items())
+            lines = f"Accept: {accept}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n{trace}\r\n"
+            connection.send(self._head("POST", url, path) + lines.encode("latin-1") + data)
             while connection.status is None:
                 await self._news(url, connection, deadline_s)
             if connection.status != 200:
@@ -155,14 +154,9 @@ class EngineClient:
         raise EngineFailure(kind, f"{url} answered {status}: {text[:300]}")
 
     def _head(self, method: str, url: str, path: str) -> bytes:
-        head = self._heads.get(method + url + path)
-        if head is None:
-            parts = urlsplit(url)
-            text = (
-                f"{method} {parts.path}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {self._key}\r\n"
-            )
-            head = self._heads[method + url + path] = text.encode("latin-1")
-        return head
+        parts = urlsplit(url)
+        text = f"{method} {parts.path}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {self._key}\r\n"
+        return text.encode("latin-1")
 
 
 def _events(data: bytes, url: str) -> tuple[list[dict[str, Any]], bytes]:

@@ -27,6 +27,7 @@ HEARTBEAT_S = 2.0
 DRAIN_S = 3
 LEAVE_S = 1.0
 KEEP_ALIVE_S = 30
+GARBAGE = 20_000  # objects between two collections
 
 
 class _Server(uvicorn.Server):
@@ -62,7 +63,7 @@ class RouterService:
             parts = build_parts(environment, self.recipe, engines)
             config = uvicorn.Config(
                 create_app(parts), log_config=None, access_log=False, lifespan="off", ws="none",
-                timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=KEEP_ALIVE_S, server_header=False,
+                timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=KEEP_ALIVE_S, server_header=False, proxy_headers=False,
                 ssl_certfile=tls.tls_certificate, ssl_keyfile=tls.tls_key,
             )  # fmt: skip
             try:
@@ -72,6 +73,7 @@ class RouterService:
             server = _Server(config)
             gc.collect()
             gc.freeze()  # what is there now stays: no collection needs to look at it while tokens wait
+            gc.set_threshold(GARBAGE)
             async with asyncio.TaskGroup() as group:
                 polling, beat = group.create_task(engines.run()), group.create_task(self._heartbeat(store, stop))
                 serving = group.create_task(server.serve(sockets=[listening]))

@@ -17,6 +17,7 @@ from postroad.cancellation import in_own_task
 
 RETRIES = 40  # with backoff up to 0.5 s: a restart of the server of up to about 20 s goes unnoticed
 OPERATION_S = 5.0
+CONNECTIONS = 64
 
 _COMPARE_AND_SET = """
 local current = redis.call('HGET', KEYS[1], 'version')
@@ -95,11 +96,11 @@ class Store:
     @classmethod
     async def connect(cls, url: str, run: str, *, deadline_s: float = 30.0) -> Store:
         client, binary = (
-            _Client.from_url(
-                url, decode_responses=text, socket_timeout=OPERATION_S, socket_connect_timeout=2.0,
-                retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), RETRIES),
+            _Client.from_pool(redis.BlockingConnectionPool.from_url(  # what finds none free waits for one
+                url, max_connections=CONNECTIONS, timeout=OPERATION_S, decode_responses=text, socket_timeout=OPERATION_S,
+                socket_connect_timeout=2.0, retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), RETRIES),
                 retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
-            )
+            ))
             for text in (True, False)
         )  # fmt: skip
         # AuthenticationError is a ConnectionError, which the client above retries: knock without retries first
