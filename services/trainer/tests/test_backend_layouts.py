@@ -35,17 +35,15 @@ MORE_MOE = {"TP2xETP2": {**TP2SP, "expert_tensor": 2}, "EP2 distributed optimize
 WORLD4 = {
     "TP2xPP2": {**TP2SP, "pipeline": 2},
     "TP2xPP2xVPP2": {**TP2SP, "pipeline": 2, "virtual_pipeline": 2},
-    "TP4": {"tensor": 4},
     "TP2xCP2": {**TP2SP, "context": 2},
     "PP2xCP2": {"pipeline": 2, "context": 2, **SHARDED},
     "TP2xDP2 distributed optimizer": {**TP2SP, **SHARDED},
     "PP4": {"pipeline": 4},
 }
 WORLD4_MOE = {
-    **{name: layout for name, layout in WORLD4.items() if name != "TP4"},
+    **WORLD4,
     "TP2xPP2xEP2": {**TP2SP, "pipeline": 2, "expert": 2},
     "EP2xDP2 distributed optimizer": {"expert": 2, **SHARDED},
-    "TP2xEP2xETP2": {**TP2SP, "expert": 2, "expert_tensor": 2},
     "EP4": {"expert": 4},
     "CP2xEP2": {"context": 2, "expert": 2},
     "CP2xTP2xEP4": {**TP2SP, "context": 2, "expert": 4, **SHARDED},
@@ -75,8 +73,22 @@ def _cases(tmp_path: Path, kind: str, layouts: dict[str, Any], cuts: list[tuple[
     return cases
 
 
+# DDP's hooks keep a model and the threads of its gloo groups alive as long as the process: so many cases share one
+CASES_OF_A_PROCESS = 14
+
+
 def run_ranks(tmp_path: Path, world: int, cases: list[dict[str, Any]], deadline_s: float) -> list[dict[str, Any]]:
     """The results of every rank, by case."""
+    results: list[dict[str, Any]] = [{} for _ in range(world)]
+    for start in range(0, len(cases), CASES_OF_A_PROCESS):
+        folder = tmp_path / f"cases-{start}"
+        folder.mkdir()
+        part = _run_processes(folder, world, cases[start : start + CASES_OF_A_PROCESS], deadline_s)
+        results = [{**before, **new} for before, new in zip(results, part, strict=True)]
+    return results
+
+
+def _run_processes(tmp_path: Path, world: int, cases: list[dict[str, Any]], deadline_s: float) -> list[dict[str, Any]]:
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     here = Path(__file__).parent
     environment = {

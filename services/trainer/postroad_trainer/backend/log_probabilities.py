@@ -79,22 +79,17 @@ def _compiled_slope(
     return (-torch.exp(logarithm) * slope).to(logits.dtype)
 
 
-def _logsumexp(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _normalised(logits: torch.Tensor, temperature: float, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logarithm of the softmax's denominator, and the mean of the scaled logits under it, [u] each."""
     if logits.is_cuda:
-        return _compiled_logsumexp(logits, temperature)
-    return torch.cat(
-        [torch.logsumexp(scaled, -1) for _, scaled in _blocks(logits, temperature)] or [logits[:, 0].float()]
-    )
-
-
-def _expected(logits: torch.Tensor, normaliser: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The mean of the scaled logits under this rank's part of the softmax."""
-    if logits.is_cuda:
-        return _compiled_expected(logits, normaliser, temperature)
-    expected = torch.empty_like(normaliser)
+        normaliser = vocabulary.logsumexp(_compiled_logsumexp(logits, temperature))
+        return normaliser, vocabulary.sum(_compiled_expected(logits, normaliser, temperature))
+    own, expected = torch.empty(len(logits)), torch.empty(len(logits))
     for block, scaled in _blocks(logits, temperature):
-        expected[block] = torch.linalg.vecdot((scaled - normaliser[block, None]).exp_(), scaled)
-    return expected
+        own[block] = torch.logsumexp(scaled, -1)
+        expected[block] = torch.linalg.vecdot((scaled - own[block, None]).exp_(), scaled)
+    normaliser = vocabulary.logsumexp(own)
+    return normaliser, vocabulary.sum(expected * (own - normaliser).exp_())
 
 
 def _slope(
@@ -133,11 +128,10 @@ class TokenLogProbabilities(torch.autograd.Function):
         temperature: float,
         vocabulary: Vocabulary = WHOLE_VOCABULARY,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normaliser = vocabulary.logsumexp(_logsumexp(logits, temperature))
-        expected = _expected(logits, normaliser, temperature)
+        normaliser, expected = _normalised(logits, temperature, vocabulary)
         column, here = vocabulary.columns(target, logits.shape[1])
         chosen = vocabulary.sum((logits[which, column].float() / temperature).where(here, 0)) - normaliser[which]
-        entropy = normaliser - vocabulary.sum(expected)
+        entropy = normaliser - expected
         ctx.save_for_backward(logits, normaliser, entropy, which, column, here)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)

@@ -28,6 +28,10 @@ def initialise(settings: BackendSettings) -> None:
         parallel.validate_world(dist.get_world_size())
     except ValueError as error:
         raise BackendError(str(error)) from error
+    if min(parallel.expert, parallel.expert_tensor) > 1 and not torch.cuda.is_available():
+        raise BackendError(
+            "trainer.parallel.expert with expert_tensor needs GPUs: gloo can't gather parts of unequal size"
+        )
     wanted = (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, parallel.expert_tensor)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

@@ -76,13 +76,10 @@ class State:
         steps = [float(own.states[own.trained]["step"]) for own in self._owned if own and own.trained in own.states]
         return int(max(steps, default=0))
 
-    def kind(self, entry: Entry) -> str:
-        trained = getattr(entry.parameter, "main_param", None)
-        return "parameter" if trained is None and not self._has_master(entry) else "master"
-
     @staticmethod
-    def _has_master(entry: Entry) -> bool:
-        return entry.parameter.requires_grad and entry.parameter.dtype != torch.float32
+    def kind(entry: Entry) -> str:
+        """How a parameter is kept: a trained one of lower precision as its float32 master alone."""
+        return "master" if entry.parameter.requires_grad and entry.parameter.dtype != torch.float32 else "parameter"
 
     @torch.no_grad()
     def pieces(self, step: int) -> Iterator[tuple[str, list[int], torch.Tensor]]:
@@ -99,7 +96,7 @@ class State:
             kinds = [self.kind(entry)]
             kinds += MOMENTS if step and entry.parameter.requires_grad else ()
             for kind in kinds:
-                if not entry.parameter.requires_grad or (kind == "parameter"):
+                if kind == "parameter":
                     whole = entry.parameter.detach() if self._writes(entry, place) else None
                 else:
                     whole = self._whole(entry, place, own, kind)
@@ -147,7 +144,7 @@ class State:
             own = self._owned[number]
             if own is None:
                 continue
-            if self._has_master(entry):
+            if self.kind(entry) == "master":
                 own.trained.copy_(value.reshape(-1)[own.start : own.stop].view_as(own.trained))
             own.states.pop(own.trained, None)
             if step:

@@ -80,12 +80,13 @@ class Padded:
     """Trees padded to the longest, for masked attention.
 
     queries: of a stripe. keys: of all positions, in the order in which the stripes are gathered.
-    visible: bool [n, 1, queries of a tree, keys of a tree].
+    visible: bool [n, 1, queries of a tree, keys of a tree]. causal: it is nothing but causal, for every position.
     """
 
     queries: Slots
     keys: Slots
     visible: torch.Tensor
+    causal: bool
 
     @staticmethod
     def of(trees: list[Tree], device: torch.device, stripe: Stripe) -> Padded:
@@ -113,7 +114,8 @@ class Padded:
             return torch.from_numpy(array).to(device)
 
         slots = (Slots(put(padded), put(inverse)) for padded, inverse in (query_slots, key_slots))
-        return Padded(*slots, put(visible[:, None]))
+        causal = stripe.size == 1 and all(tree.segments[-1] <= 1 for tree in trees)
+        return Padded(*slots, put(visible[:, None]), causal)
 
 
 class Layout:
