@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -116,6 +118,25 @@ async def test_python_alone_and_in_sessions(road, sandbox):
         holder = service.holder
     with pytest.raises(NobodyListens):
         await ask(road.bus, road.bus.subjects.tool(holder), ToolCall(run="r", id="1"), 5)
+
+
+async def test_a_call_that_is_given_up_leaves_its_sandbox_to_nobody(road, sandbox):
+    async with serving(road, {"kind": "python", "stateful": True, "concurrency": 1, "deadline_s": 20}) as (
+        call,
+        service,
+        _,
+    ):
+        await call("python", {"code": "1"})
+        given_up = asyncio.create_task(service._cells.run("s", "import time; time.sleep(15)", 20))
+        await asyncio.sleep(0)
+        while not service._cells._open["s"].turn.locked():
+            await asyncio.sleep(0.01)
+        given_up.cancel()
+        await asyncio.wait({given_up})
+        assert await call("python", {"code": "print('mine')"}, session="t") == ("ok", "mine")
+        (slot,) = service._sandbox._slots
+        os.kill(slot.process.pid, signal.SIGKILL)
+        assert (await call("python", {"code": "1"}, session="t", holder=service.holder))[0] == "sandbox_lost"
 
 
 async def test_a_holder_that_dies_within_a_call_is_told(road, sandbox):

@@ -47,19 +47,22 @@ class Cells:
             if entry.session is None:
                 entry.session = await entry.stack.enter_async_context(self._sandbox.session())
             try:
-                return await entry.session.run(code, deadline_s)
-            finally:
-                entry.used = time.monotonic()
-                if entry.session.closed:  # by a limit, which the model is told
-                    entry.session = None
-                    await entry.stack.aclose()
+                result = await entry.session.run(code, deadline_s)
+            except BaseException as error:  # the sandbox may still be at work: it is not for another attempt
+                await _leave(entry, error)
+                raise
+            entry.used = time.monotonic()
+            if entry.session.closed:  # by a limit, which the model is told
+                await _leave(entry)
+            return result
 
     def knows(self, name: str) -> bool:
         return name in self._open
 
     async def end(self, name: str) -> None:
         if (entry := self._open.pop(name, None)) is not None:
-            await entry.stack.aclose()
+            async with entry.turn:
+                await _leave(entry)
 
     async def reap(self) -> None:
         """Again and again, end those of attempts that nobody goes on with."""
@@ -72,6 +75,11 @@ class Cells:
     async def close(self) -> None:
         for name in list(self._open):
             await self.end(name)
+
+
+async def _leave(entry: _Open, error: BaseException | None = None) -> None:
+    stack, entry.stack, entry.session = entry.stack, contextlib.AsyncExitStack(), None
+    await stack.__aexit__(None if error is None else type(error), error, None)
 
 
 def python_tool(section: ToolSection, sandbox: Sandbox, cells: Cells) -> Tool:

@@ -13,7 +13,9 @@ from postroad_rollout.worker.service import WorkerService
 
 
 async def serve(environment: Environment, recipe: Recipe, stop: asyncio.Event) -> None:
-    make_agent(recipe.rollout.agent)  # settings that can't be used end the process here
+    agent = make_agent(recipe.rollout.agent)  # settings that can't be used end the process here
+    if hasattr(agent, "check"):
+        agent.check(recipe)
     await WorkerService(environment, recipe).run(stop)
 
 

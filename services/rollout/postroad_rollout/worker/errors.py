@@ -19,6 +19,14 @@ class SessionLost(Exception):
     """The router does not know the session any more: what was generated is gone, the member has to begin anew."""
 
 
+class ToolLost(Exception):
+    """A tool could not be reached, or the process that held the attempt's state is gone: the member begins anew."""
+
+
+class PeerFailed(Exception):
+    """Another member of the group, whose trajectory this one goes on from, failed."""
+
+
 class DeadlinePassed(Exception):
     """The member was not done when the task's deadline passed."""
 

@@ -11,9 +11,10 @@ from postroad.messages import Message, Task, Trajectory
 from postroad.messages.trajectory import trajectory_id
 from postroad.telemetry.tracing import span
 from postroad_rollout.worker.agents import Agent, Attempt, make_agent
-from postroad_rollout.worker.errors import AgentSettingsError, DeadlinePassed, RefusedByEngine
+from postroad_rollout.worker.errors import AgentSettingsError, DeadlinePassed, PeerFailed, RefusedByEngine, ToolLost
 from postroad_rollout.worker.metrics import GROUPS, MEMBERS, SECONDS, TOKENS
 from postroad_rollout.worker.model_client import Connection, ModelClient
+from postroad_rollout.worker.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,11 @@ class GroupRunner:
         self.groups.add(message.group)
         GROUPS.set(len(self.groups))
         try:
-            runs = [self._member(message, member, agent) for member in missing]
+            peers = Peers(self._bus, message, missing)
+            runs = [
+                self._member(agent, ModelClient(self._connection, self._bus, message, member, peers))
+                for member in missing
+            ]
             outcomes = await asyncio.gather(*runs, return_exceptions=True)
         finally:
             self.groups.discard(message.group)
@@ -61,19 +66,22 @@ class GroupRunner:
             logger.info("group %s: %d of %d members are in the log", task.group, len(known), task.members)
         return missing
 
-    async def _member(self, task: Task, member: int, agent: Agent) -> None:
+    async def _member(self, agent: Agent, model: ModelClient) -> None:
+        task, member, published = model.task, model.member, False
         started = time.monotonic()
-        model = ModelClient(self._connection, task, member)
         with span("member", group=task.group, member=member):
             try:
                 attempt = await self._attempt(task, model, agent)
                 seconds = time.monotonic() - started
                 trajectory = _trajectory(task, model, attempt, seconds)
                 await self._bus.publish(self._bus.subjects.trajectory(task.group, member), trajectory, once=True)
+                published = True
             except AlreadyPublished:
+                published = True
                 MEMBERS.labels("already_published").inc()
                 return
             finally:
+                model.peers.ended(member, published)
                 await model.forget()
         MEMBERS.labels("published").inc()
         TOKENS.inc(int(trajectory.loss_mask.sum()))
@@ -86,6 +94,9 @@ class GroupRunner:
                 return await agent.run(task, model)
         except RefusedByEngine:
             MEMBERS.labels("refused").inc()
+            raise
+        except (ToolLost, PeerFailed) as error:
+            MEMBERS.labels("tool_lost" if isinstance(error, ToolLost) else "peer_failed").inc()
             raise
         except Exception as error:
             if limit.expired() or isinstance(error, DeadlinePassed):
@@ -118,7 +129,9 @@ def _raise_worst(task: Task, failures: list[BaseException]) -> None:
         if isinstance(failure, DeadlinePassed):
             late = sum(isinstance(other, DeadlinePassed) for other in failures)
             raise Reject("deadline", f"{late} of {task.members} members were not done: {failure}") from failure
-    for failure in failures:
-        if isinstance(failure, AgentFailed):
+    for failure in sorted(failures, key=lambda failure: isinstance(failure, PeerFailed)):  # a consequence of others
+        if isinstance(failure, ToolLost):
+            raise RetryLater("sandbox_lost", str(failure)) from failure
+        if isinstance(failure, AgentFailed | PeerFailed):
             raise RetryLater("invalid_answer", str(failure)) from failure
         raise failure

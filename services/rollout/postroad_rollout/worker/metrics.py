@@ -12,3 +12,4 @@ SECONDS = Histogram(
     buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )  # fmt: skip
 GROUPS = Gauge("postroad_worker_groups", "Groups in hand")
+TOOL_CALLS = Counter("postroad_worker_tool_calls", "Calls of tools by status", ["status"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,11 +18,14 @@ import aiohttp
 import msgpack
 import numpy as np
 
+from postroad.bus import Bus
 from postroad.messages import SchemaError, Task, Trajectory, decode, encode
 from postroad.telemetry.tracing import inject_context
 from postroad_rollout.worker.errors import DeadlinePassed, RefusedByEngine, RouterFailure, SessionLost
 from postroad_rollout.worker.metrics import RETRIES
+from postroad_rollout.worker.peers import Peers
 from postroad_rollout.worker.routers import Routers
+from postroad_rollout.worker.tools import Tools
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,9 @@ class Connection:
     async def close(self) -> None:
         await self._session.close()
 
+    async def url(self) -> str:
+        return await self._routers.url()
+
     async def request(self, method: str, path: str, **content: Any) -> bytes:
         """The answer's body. Raises RouterFailure, RefusedByEngine or SessionLost."""
         url = await self._routers.url()
@@ -100,17 +107,44 @@ class ModelClient:
     """Bound to one member of a task: its sampling, seed, oldest allowed version and deadline, and its session at the
     router, which keeps the tokens of all calls."""
 
-    def __init__(self, connection: Connection, task: Task, member: int) -> None:
-        self._connection, self.task, self.member = connection, task, member
+    def __init__(self, connection: Connection, bus: Bus, task: Task, member: int, peers: Peers) -> None:
+        self._connection, self.task, self.member, self.peers = connection, task, member, peers
         self.session = re.sub(r"[^A-Za-z0-9._~-]", "-", f"{task.group[:80]}.{member}.") + uuid.uuid4().hex
+        self.tools = Tools(bus, task, self.session)
         self.retries = 0
 
-    async def complete(self, messages: list[dict[str, Any]], max_new_tokens: int | None = None) -> Completion:
-        """The model's answer to `messages`. Raises RefusedByEngine and DeadlinePassed."""
+    async def complete(
+        self,
+        messages: list[dict[str, Any]],
+        max_new_tokens: int | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        stop: tuple[str, ...] = (),
+    ) -> Completion:
+        """The model's answer to `messages`, which may call `tools` and ends before a text of `stop` or of the recipe's.
+        Raises RefusedByEngine and DeadlinePassed."""
         path = f"/sessions/{self.session}/v1/chat/completions"
+        more = {"tools": tools} if tools else {}
+        if stops := [*stop, *self.task.sampling.stop]:
+            more["stop"] = stops
         return await self._retried(
-            lambda: self._connection.request("POST", path, json=self._body(messages, max_new_tokens)), read_completion
+            lambda: self._connection.request("POST", path, json=self._body(messages, max_new_tokens) | more),
+            read_completion,
         )
+
+    @contextlib.asynccontextmanager
+    async def endpoint(self) -> AsyncIterator[tuple[str, str]]:
+        """An OpenAI base URL and a key for programs that know nothing of postroad; both are good for this attempt's
+        session alone, and the key until the end."""
+        ttl_s = max(self.task.deadline - time.time(), 1.0)
+        body = {"name": self.session, "scope": "agent", "session": self.session, "ttl_s": ttl_s}
+        key = await self._retried(
+            lambda: self._connection.request("POST", "/keys", json=body), lambda data: str(json.loads(data)["key"])
+        )
+        try:
+            yield f"{await self._connection.url()}/sessions/{self.session}/v1", key
+        finally:
+            await self._delete(f"/keys/{self.session}")
 
     async def trajectory(self) -> Trajectory:
         """What the session holds, exact to the token. Raises DeadlinePassed and SessionLost."""
@@ -121,12 +155,16 @@ class ModelClient:
         )
 
     async def forget(self) -> None:
-        """Let the router forget the session; it does so by itself some time later."""
+        """Let the router forget the session, and tools theirs; they do so by themselves some time later."""
+        await self.tools.close()
+        await self._delete(f"/sessions/{self.session}")
+
+    async def _delete(self, path: str) -> None:
         try:
             async with asyncio.timeout(FORGET_S):
-                await self._connection.request("DELETE", f"/sessions/{self.session}")
+                await self._connection.request("DELETE", path)
         except (RouterFailure, RefusedByEngine, SessionLost, TimeoutError) as error:
-            logger.info("session %s stays for a while: %r", self.session, error)
+            logger.info("%s stays for a while: %r", path, error)
 
     async def _retried(self, ask: Callable[[], Awaitable[bytes]], read: Callable[[bytes], Result]) -> Result:
         """Failures are asked again, with backoff, for as long as the caller waits: the group runner ends it at the
@@ -158,8 +196,6 @@ class ModelClient:
             "timeout_s": max(self.task.deadline - time.time(), 0.001),
             "routed_experts": self.task.features.routed_experts,
         }  # fmt: skip
-        if sampling.stop:
-            body["stop"] = list(sampling.stop)
         if sampling.seed is not None:
             body["seed"] = sampling.seed + self.member
         return body
@@ -196,7 +232,10 @@ def read_trajectory(data: bytes, task: Task) -> Trajectory:
         raise RouterFailure("garbage", f"no trajectory: {error!r}") from error
     if not isinstance(trajectory, Trajectory) or not trajectory.versions:
         raise RouterFailure("garbage", "no trajectory with generated tokens")
-    fresh = trajectory.oldest_version >= task.minimum_version
-    if not fresh or not np.isfinite(trajectory.log_probabilities).all():
-        raise RouterFailure("garbage", f"a trajectory of version {trajectory.oldest_version}, or not finite")
+    if not np.isfinite(trajectory.log_probabilities).all():
+        raise RouterFailure("garbage", "a trajectory whose log-probabilities are not finite")
+    if trajectory.oldest_version < task.minimum_version:  # of a black box, whose requests do not say what is too old
+        raise SessionLost(
+            f"it has tokens of version {trajectory.oldest_version}; {task.minimum_version} is the oldest allowed"
+        )
     return trajectory
