@@ -92,6 +92,10 @@ def test_a_half_that_is_missing_or_wrong(engines):
     assert bare.status_code == 400 and "bootstrap_room" in bare.text
     lists = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 1}
     assert engines["decode"][0].post("/generate", json=body_of(PROMPT) | lists).status_code == 400
+    scored = engines["decode"][0].post(
+        "/generate", json=body_of(PROMPT) | lists | {"bootstrap_room": 9, "logprob_start_len": 0}
+    )
+    assert scored.status_code == 400 and "logprob_start_len" in scored.text
     nobody = engines["decode"][0].post("/generate", json=body_of(PROMPT) | lists | {"bootstrap_room": 9})
     assert nobody.status_code == 503 and "127.0.0.1:1" in nobody.text
 

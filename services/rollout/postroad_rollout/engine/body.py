@@ -90,6 +90,8 @@ def _addresses(body: GenerateBody, count: int) -> list[Address | None]:
     given = [body.bootstrap_host, body.bootstrap_port, body.bootstrap_room]
     if given == [None] * 3:
         return [None] * count
+    if body.logprob_start_len >= 0:
+        raise BadRequestError("logprob_start_len: a prompt that is handed over is not scored; ask a mixed engine")
     columns: list[list[Any]] = [value if isinstance(value, list) else [value] for value in given]
     if any(len(column) != count or None in column for column in columns):
         raise BadRequestError(f"{count} prompts need as many of bootstrap_host, bootstrap_port and bootstrap_room")
