@@ -22,6 +22,7 @@ from postroad_reward.graders import (
     instructions,
     judging,
     math,
+    multi_agent,
     multiple_choice,
     positions,
     reasoning_gym,
@@ -36,7 +37,7 @@ GRADERS: dict[str, Grader[Any]] = {
     for grader in (
         math.GRADER, deepscaler.GRADER, dapo.GRADER, multiple_choice.GRADER, exact.GRADER, f1.GRADER, positions.GRADER,
         instructions.GRADER, code.GRADER, reasoning_gym.GRADER, shape.FORMAT, shape.LENGTH, shape.JSON_SCHEMA,
-        judging.JUDGE, judging.REMOTE, function.GRADER, combination.GRADER,
+        judging.JUDGE, judging.REMOTE, function.GRADER, combination.GRADER, multi_agent.GRADER,
     )
 }  # fmt: skip
 
@@ -62,12 +63,15 @@ def check(name: str, settings: dict[str, Any]) -> Settings:
 
 
 def parts_of(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The grader, or those that a combination is made of, with their settings."""
-    if name != combination.GRADER.name:
+    """The grader, or those that it is made of, with their settings."""
+    if name == multi_agent.GRADER.name:
+        team = multi_agent.MultiAgentSettings.model_validate(settings)
+        yield from parts_of(team.grader, team.settings)
+    elif name == combination.GRADER.name:
+        for part in combination.CombinationSettings.model_validate(settings).parts:
+            yield from parts_of(part.grader, part.settings)
+    else:
         yield name, settings
-        return
-    for part in combination.CombinationSettings.model_validate(settings).parts:
-        yield from parts_of(part.grader, part.settings)
 
 
 def _explain(name: str, grader: Grader[Any], fault: Any) -> str:
