@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from runs import report
 
@@ -55,6 +57,15 @@ async def at_once(way: Way, seconds: float) -> float:
     return sum(map(len, times)) / (time.perf_counter() - begin)
 
 
+def processor_s() -> float:
+    """Processor time of this process, of those that have ended, and of the sandboxes."""
+    total = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    for pid in descendants(os.getpid()):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 async def soak(way: Way, runs: int) -> tuple[int, int]:
     """Memory of the sandboxes and of this process before and after, in bytes."""
 
@@ -81,9 +92,13 @@ async def measure(quick: bool) -> tuple[dict[str, float], int, int, int]:
     ways = {"warm": warm, "cold": started(*sandbox_root.command(())), "plain": started(sys.executable, "-c")}
     times: dict[str, list[float]] = {name: [] for name in ways}
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    spent: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            times[name] += await one_after_another(way, 0.5 if quick else 3)
+            before_s = processor_s()
+            some = await one_after_another(way, 0.5 if quick else 3)
+            spent[name].append((processor_s() - before_s) / len(some) * 1e3)
+            times[name] += some
             rates[name].append(await at_once(way, 0.5 if quick else 3))
     for name in ways:
         cuts = statistics.quantiles(times[name], n=100)
@@ -92,6 +107,7 @@ async def measure(quick: bool) -> tuple[dict[str, float], int, int, int]:
             f"{name}_p99_ms": cuts[98],
             f"{name}_per_s": statistics.median(rates[name]),
         }
+    figures |= {f"{name}_processor_ms": statistics.median(spent[name]) for name in ways}
     before, after = await soak(warm, 500 if quick else 10_000)
     await sandbox.close()
     return figures, before, after, len(descendants(os.getpid()))
@@ -103,9 +119,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     figures, before, after, left = asyncio.run(measure(arguments.quick))
-    print(f"{'':8}{'p50 ms':>8}{'p99 ms':>8}{'runs/s':>8}")
+    print(f"{'':8}{'p50 ms':>8}{'p99 ms':>8}{'runs/s':>8}{'processor ms a run':>20}")
     for name in ("warm", "cold", "plain"):
-        print(f"{name:8}" + "".join(f"{figures[f'{name}_{what}']:8.1f}" for what in ("p50_ms", "p99_ms", "per_s")))
+        print(
+            f"{name:8}"
+            + "".join(f"{figures[f'{name}_{what}']:8.1f}" for what in ("p50_ms", "p99_ms", "per_s"))
+            + f"{figures[f'{name}_processor_ms']:20.1f}"
+        )
     print(
         f"two sandboxes ready after {figures['start_s']:.2f} s; memory {before / 1e6:.1f} MB, then {after / 1e6:.1f} MB"
     )
