@@ -20,8 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from postroad_trainer.backend.compiled import compiled_on_gpu
 from postroad_trainer.backend.visibility import LayoutTable, Padded, Spans
 
-# on the CPU torch's flash attention is 2 to 3 times as fast as materialised scores from here on, and slower below
-LONG = 512
+# from so many positions on torch's flash attention is faster on the CPU than materialised scores, which win below
+LONG = {torch.float32: 128, torch.bfloat16: 512}
 
 
 class _Gather(torch.autograd.Function):
@@ -151,7 +151,7 @@ def _masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout:
     )  # [n, heads, P, head_dim]
     if q.is_cuda:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.visible, scale=scale, enable_gqa=True)
-    elif layout.causal and q.shape[2] >= LONG:
+    elif layout.causal and q.shape[2] >= LONG[q.dtype]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     else:
         out = _grouped_attention(q, k, v, layout.visible, scale)

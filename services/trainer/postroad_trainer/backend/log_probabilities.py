@@ -53,7 +53,8 @@ def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, t
     rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), rows):
         block = slice(start, start + rows)
-        yield block, logits[block].to(torch.float32, copy=True).div_(temperature)
+        scaled = logits[block].to(torch.float32, copy=True)
+        yield block, scaled if temperature == 1.0 else scaled.div_(temperature)
 
 
 @compiled_on_gpu
