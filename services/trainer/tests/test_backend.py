@@ -325,6 +325,24 @@ def test_an_environment_that_contradicts_determinism_is_refused(
         backend(model_folder(tmp_path), {"deterministic": True})
 
 
+def test_long_rows_attend_as_transformers_does(tmp_path: Path) -> None:
+    """From some length on the CPU's attention is torch's own, where every tree is one sequence."""
+    random, folder = np.random.default_rng(0), model_folder(tmp_path, "qwen3")
+    rows = []
+    for number, length in enumerate((300, 140)):
+        tokens = random.integers(3, 90, length).astype(np.int32)
+        mask = (np.arange(length) > 20).astype(np.uint8)
+        rows.append(
+            TrainRow(str(number), str(number), tokens, mask, (-4.0 * mask).astype(np.float32), 1.0 - 3 * number)
+        )
+    gradients, logprobs, _ = _reference(folder, rows, FROZEN_STEP)
+    ours = backend(folder)
+    got = ours.logprobs(rows)
+    assert max(float(np.abs(a - b).max()) for a, b in zip(got, logprobs, strict=True)) < 1e-5
+    ours.train_step(rows, FROZEN_STEP)
+    assert largest_difference(by_name(ours), gradients) < 1e-5
+
+
 def test_interleaved_stages_without_overlapped_transfers_are_refused(tmp_path: Path) -> None:
     backend(model_folder(tmp_path))
     from postroad_trainer.backend.construction import check_interleaving
