@@ -69,15 +69,16 @@ def processor_s() -> float:
 async def soak(way: Way, runs: int) -> tuple[int, int]:
     """Memory of the sandboxes and of this process before and after, in bytes."""
 
-    def used() -> int:
+    async def used() -> int:
+        await asyncio.sleep(0.5)  # until the next interpreters are forked
         return memory_bytes([os.getpid(), *descendants(os.getpid())])
 
     for _ in range(200):
         await way()
-    before = used()
+    before = await used()
     for _ in range(runs // 2):
         await asyncio.gather(way(), way())
-    return before, used()
+    return before, await used()
 
 
 async def measure(quick: bool) -> tuple[dict[str, float], int, int, int]:

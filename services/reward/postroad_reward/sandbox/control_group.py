@@ -5,6 +5,7 @@ They come on top of rlimits and of the watch on memory, which hold everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from itertools import count
@@ -28,7 +29,10 @@ class ControlGroup:
     def create(cls, limits: Limits, pids: list[int]) -> ControlGroup | None:
         """A group with these processes in it; None where none can be made."""
         name = f"sandbox-{pids[0]}-{next(_numbers)}"
-        values = [(parent / name, file, value) for parent, file, value in _values(limits)]
+        ours = _values(limits)
+        for parent in {parent for parent, _, _ in ours}:
+            _remove_orphans(parent)
+        values = [(parent / name, file, value) for parent, file, value in ours]
         group = cls({folder for folder, _, _ in values})
         try:
             for folder, file, value in values:
@@ -55,6 +59,14 @@ class ControlGroup:
                         logger.info("cgroup %s stays: %s", folder, error)
                         break
                     time.sleep(0.01)
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Groups of services that were killed: their first process is gone, and nothing is in them."""
+    for folder in parent.glob("sandbox-*-*"):
+        if not Path("/proc", folder.name.split("-")[1]).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _values(limits: Limits) -> list[tuple[Path, str, int | str]]:
