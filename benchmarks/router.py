@@ -220,7 +220,7 @@ async def register(redis_url: str, port: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer streams and requests, without sglang-router")
+    parser.add_argument("--quick", action="store_true", help="1 and 64 streams, fewer requests")
     parser.add_argument("--json", action="store_true", help="the last line is all figures as JSON")
     arguments = parser.parse_args()
     counts, requests = ([1, 64], 1500) if arguments.quick else ([1, 64, 256], 6000)
@@ -239,7 +239,7 @@ def main() -> int:
         key = {"Authorization": f"Bearer {KEY}"}
         own = stack.enter_context(postroad_router(folder, server.url, 1, experts=False))
         capturing = stack.enter_context(postroad_router(folder, server.url, 1, experts=True))
-        other = None if arguments.quick else stack.enter_context(sglang_router(folder, port, 1))
+        other = stack.enter_context(sglang_router(folder, port, 1))
         plain = Way(Target("postroad", own[0], key), own[1])
         paths = [
             Way(engine, None), plain, Way(Target("postroad, sessions of 20 turns", own[0], key), own[1], TURNS),
@@ -262,7 +262,8 @@ def conclude(rows: list[dict[str, Any]], slope: float, as_json: bool) -> int:
         f"memory grows by less than {GROWTH_BYTES} bytes a request": slope < GROWTH_BYTES,
     }
     if other is not None:
-        bars[f"at least {RATIO} of sglang-router's short requests"] = own["short_per_s"] >= RATIO * other["short_per_s"]
+        reached = own["short_per_cpu_s"] >= RATIO * other["short_per_cpu_s"]
+        bars[f"at least {RATIO} of sglang-router's short requests per second of a core"] = reached
     return report({"rows": rows, "bytes_per_request": round(slope, 1)}, bars, as_json)
 
 

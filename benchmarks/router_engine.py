@@ -91,7 +91,8 @@ class Connection(asyncio.Protocol):
     def _generate(self, path: bytes, body: dict[str, Any]) -> None:
         chat = path.endswith(b"completions")
         sampling = body if chat else body["sampling_params"]
-        count = sampling["max_tokens" if chat else "max_new_tokens"]
+        lengths = ("max_tokens", "max_completion_tokens") if chat else ("max_new_tokens",)
+        count = next(sampling[name] for name in lengths if sampling.get(name) is not None)
         seed = sampling.get("seed" if chat else "sampling_seed")
         if chat and not body.get("stream"):
             self._answer(self._engine.chat)
