@@ -213,9 +213,7 @@ class TrainerService:
             })  # fmt: skip
             await self._log(step)
             self._count_broken(step)
-            published = time.monotonic()
             await self._publish(step.version, digest)
-            self._seconds_before = {"seconds_publish_before": time.monotonic() - published}
             road.complete_step(batch, step.version)
         self.position = Position(
             self.environment.run, step.number, step.version, digest, road.ledger.resolved_below, road.sample_sequence()
@@ -271,7 +269,9 @@ class TrainerService:
         finish = await self.leader.freeze(self.environment.run, version)
 
         async def hand_over() -> None:
+            started = time.monotonic()
             await self.publisher.publish(await asyncio.to_thread(finish), digest)
+            self._seconds_before = {"seconds_publish_before": time.monotonic() - started}
 
         self._publishing = asyncio.create_task(hand_over())
 
