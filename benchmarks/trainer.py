@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from postroad.config.algorithm import AlgorithmSection
+from postroad.config.parallel import ParallelSection
 from postroad_trainer.backend import BackendSettings, MegatronBackend, enter_thread
 from postroad_trainer.backend.cpu_shim import import_megatron
 from postroad_trainer.backend.parallel import initialise
@@ -194,7 +195,8 @@ def measure(kind: str, device: str, steps: int, which: str) -> list[dict[str, An
     with tempfile.TemporaryDirectory(prefix="postroad-trainer-") as folder:
         write_model(Path(folder), values, device)
         dtype = "bfloat16" if device == "cuda" else "float32"
-        settings = BackendSettings(Path(folder), dtype=dtype, micro_batch_tokens=budget + 1)
+        parallel = ParallelSection(deterministic=False)
+        settings = BackendSettings(Path(folder), dtype=dtype, parallel=parallel, micro_batch_tokens=budget + 1)
         if which == "ours":
             _measure_ours(MegatronBackend(settings), rows, values, note)
             return lines

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from postroad.config.algorithm import AlgorithmSection
 from postroad.config.parallel import ParallelSection
 from postroad_trainer.backend import BackendError, BackendSettings, MegatronBackend, cpu_shim
+from postroad_trainer.backend.determinism import make_deterministic
 from postroad_trainer.backend.settings import validate_model
 from postroad_trainer.batch import RowError, StepSettings, TrainRow
 from postroad_trainer.models import family_of, read_configuration
@@ -317,12 +318,10 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
         validate_model(ParallelSection(**changes), family_of(configuration).arguments(configuration))
 
 
-def test_an_environment_that_contradicts_determinism_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_that_contradicts_determinism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(BackendError, match="CUBLAS_WORKSPACE_CONFIG is ':0:0', which trainer.parallel.deterministic"):
-        backend(model_folder(tmp_path), {"deterministic": True})
+        make_deterministic()
 
 
 def test_long_rows_attend_as_transformers_does(tmp_path: Path) -> None:

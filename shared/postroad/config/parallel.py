@@ -23,7 +23,9 @@ class ParallelSection(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="What the backward runs again: feed-forward blocks (selective) or whole layers (full)."
     )
-    deterministic: bool = Field(False, description="Equal inputs give equal bits on a GPU, at some speed.")
+    deterministic: bool = Field(
+        True, description="On GPUs, equal inputs give equal bits. Without it a trainer that dies can't go on exactly."
+    )
 
     def validate_world(self, processes: int) -> None:
         """Raises ValueError unless so many ranks can be laid out like this."""

@@ -65,7 +65,7 @@ def transformer_config(settings: BackendSettings, configuration: ModelConfigurat
         variable_seq_lengths=parallel.pipeline > 1,  # micro-batches differ in length
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deterministic_mode=parallel.deterministic,
+        deterministic_mode=parallel.deterministic and torch.cuda.is_available(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -19,7 +19,7 @@ def initialise(settings: BackendSettings) -> None:
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    if settings.parallel.deterministic:
+    if settings.parallel.deterministic and torch.cuda.is_available():
         make_deterministic()
     if not dist.is_initialized():
         _join(timedelta(seconds=settings.collective_timeout_s))
