@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -135,7 +133,8 @@ async def test_a_call_that_is_given_up_leaves_its_sandbox_to_nobody(road, sandbo
         await asyncio.wait({given_up})
         assert await call("python", {"code": "print('mine')"}, session="t") == ("ok", "mine")
         (slot,) = service._sandbox._slots
-        os.kill(slot.process.pid, signal.SIGKILL)
+        slot._kill_inner()
+        await asyncio.wait_for(slot.process.wait(), 10)
         assert (await call("python", {"code": "1"}, session="t", holder=service.holder))[0] == "sandbox_lost"
 
 
