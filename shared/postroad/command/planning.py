@@ -131,7 +131,7 @@ class Layout:
         p = self.parallel
         replicas = self.stage_ranks // (p.tensor if tensor.expert is None else p.expert * p.expert_tensor)
         share = replicas if p.distributed_optimizer else 1
-        return WEIGHT + GRADIENT + (0 if p.optimizer_offload else (MASTER + MOMENTS) / share)
+        return WEIGHT + GRADIENT + (MASTER + MOMENTS) / share
 
 
 def _part(tensor: Tensor, rank: int, ranks: int) -> Box:

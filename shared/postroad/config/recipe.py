@@ -75,7 +75,9 @@ class SandboxSection(Section):
 class RewardSection(Section):
     """Who grades."""
 
-    grader: str = Field(description="A grader of docs/rewards.md, such as math, code or function; none for learning from files.")
+    grader: str = Field(
+        description="A grader of docs/rewards.md, such as math, code or function; none for learning from files."
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="The grader's own settings.")
     deadline_s: float = Field(30.0, gt=0, description="Seconds that one grading may take.")
     deliveries: int = Field(5, ge=1, description="Attempts before a trajectory goes to DEAD.")
@@ -156,7 +158,9 @@ class RouterSection(Section):
     )
     session_ttl_s: float = Field(86_400.0, gt=0, description="Seconds after its last turn that a session is kept.")
     session_bytes: int = Field(256 * 2**20, ge=2**16, description="Largest size of one session in Redis, in bytes.")
-    tls_certificate: str | None = Field(None, description="PEM file with the certificate chain; makes the router HTTPS.")
+    tls_certificate: str | None = Field(
+        None, description="PEM file with the certificate chain; makes the router HTTPS."
+    )
     tls_key: str | None = Field(None, description="PEM file with the certificate's private key.")
 
     @model_validator(mode="after")
@@ -200,7 +204,8 @@ class TrainerSection(Section):
     freeze_embedding: bool = Field(False, description="Do not train the embedding (and a head tied to it).")
     algorithm: AlgorithmSection = AlgorithmSection()
     filter: Annotated[str, named("filter", ("none", "zero_std"))] = Field(
-        "none", description="zero_std drops groups of equal rewards and draws others (dynamic sampling); or a dotted path."
+        "none",
+        description="zero_std drops groups of equal rewards and draws others (dynamic sampling); or a dotted path.",
     )
     max_filtered: float = Field(
         20.0, gt=0, description="Groups filtered per group trained, over a whole step, before the run stops."
