@@ -328,6 +328,7 @@ async def run(chaos: Chaos, count: int) -> None:
 
 async def test_random_faults(chaos):
     await run(chaos, 55)
+    assert chaos.outcomes.total() == 55 and len(chaos.outcomes) == len(FAULTS)
 
 
 @pytest.mark.slow

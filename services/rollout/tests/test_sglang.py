@@ -127,6 +127,7 @@ async def test_a_server_that_ends_is_noticed_and_nothing_of_it_is_left(server: S
 async def test_kill_ends_the_whole_tree(server: SGLangServer) -> None:
     grandchild = httpx.get(f"{server.url}/health").json()["grandchild"]
     server.kill()
+    assert server._process is not None and server._process.returncode == -9
     await gone(grandchild)
 
 

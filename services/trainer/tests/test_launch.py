@@ -75,7 +75,7 @@ def test_ranks_die_with_a_killed_launcher(tmp_path: Path) -> None:
     launcher = _launcher(tmp_path, "time.sleep(600)")
     told = _told(tmp_path, 2)
     launcher.kill()
-    launcher.wait(DEADLINE_S)
+    assert launcher.wait(DEADLINE_S) == -signal.SIGKILL
     for rank in told:
         _gone(int(rank["pid"]))
 
