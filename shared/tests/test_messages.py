@@ -112,6 +112,8 @@ def test_unknown_fields_are_ignored_and_newer_schemas_refused():
         (msgpack.packb([1]), "needs a kind"),
         (msgpack.packb({"kind": "letter", "schema": 1}), "unknown message kind 'letter'"),
         (msgpack.packb({"kind": "task", "schema": 1, "run": "r"}), "does not validate"),
+        (b"\x81\x90\x00", "not msgpack"),  # a list as a key
+        (msgpack.packb({"kind": ["task"], "schema": 1}), "unknown message kind"),
     ],
 )
 def test_what_is_no_message_is_refused_with_the_reason(data, reason):

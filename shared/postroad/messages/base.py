@@ -44,7 +44,7 @@ def decode(data: bytes) -> Message:
     """The message in these bytes. Raises SchemaError with the reason where there is none."""
     try:
         body = msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:  # TypeError: a list as a key
         raise SchemaError(f"{len(data)} bytes that are not msgpack: {error}") from error
     if not isinstance(body, dict) or "kind" not in body or not isinstance(body.get("schema"), int):
         raise SchemaError("a message needs a kind and a schema version")
@@ -53,7 +53,7 @@ def decode(data: bytes) -> Message:
         raise SchemaError(
             f"a {kind} of schema {schema}; this postroad reads up to schema {SCHEMA_VERSION}: upgrade this service"
         )
-    if kind not in _kinds:
+    if not isinstance(kind, str) or kind not in _kinds:
         raise SchemaError(f"unknown message kind {kind!r}; known: {sorted(_kinds)}")
     try:
         return _kinds[kind].model_validate(body)
