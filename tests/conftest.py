@@ -101,6 +101,12 @@ class Mesh:
         )
 
 
+@pytest.fixture(scope="session")
+def mesh_in() -> type[Mesh]:
+    """A mesh in a folder of one's own, to be taken down by who makes it."""
+    return Mesh
+
+
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[Mesh]:
     running = Mesh(tmp_path / "run")

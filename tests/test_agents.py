@@ -6,11 +6,14 @@ A tiny model learns the tags from given conversations first (as ReTool does), so
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Mesh
+
+if TYPE_CHECKING:
+    from tests.conftest import Mesh
 
 SMALL = ("model.dtype=float32", "evaluation=[]", "trainer.steps=2", "trainer.groups_per_step=2", "trainer.learning_rate=1e-4",
          "rollout.sampling.max_new_tokens=40", "trainer.freeze_embedding=false")  # fmt: skip
@@ -29,7 +32,7 @@ def rows(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(tmp_path_factory: pytest.TempPathFactory, mesh_in: Callable[[Path], Mesh]) -> str:
     """A tiny model that has learned to call both tools."""
     folder = tmp_path_factory.mktemp("cold-start")
     talks = []
@@ -41,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
                                    *({"role": r, "content": c} for r, c in zip(roles, contents, strict=True))]})  # fmt: skip
     (folder / "talks.jsonl").write_text("\n".join(map(json.dumps, talks * 128)))
     data = {"kind": "file", "path": str(folder / "talks.jsonl"), "prompt_key": "messages"}
-    mesh = Mesh(folder / "run")
+    mesh = mesh_in(folder / "run")
     try:
         mesh.up("sft", "model.bundled=tiny-llama", "model.dtype=float32", f"data={json.dumps(data)}", "evaluation=[]",
                 "trainer.steps=60", "trainer.groups_per_step=4", "trainer.learning_rate=4e-3", "trainer.checkpoint.every=60",

@@ -150,6 +150,7 @@ async def test_a_router_killed_in_mid_stream_costs_a_retry(replicas: Replicas, u
                     if seen.count("data:") == 5:
                         replicas.processes[0].kill()
         assert "[DONE]" not in seen
+        replicas.processes[0].wait(10)  # its socket takes no more connections
         answer = await client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200 and answer.text.count("[DONE]") == 1
         assert "idempotency-replayed" not in answer.headers
