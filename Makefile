@@ -38,7 +38,7 @@ test: lint
 	$(BIN)/pytest -n 2 -m "not slow"
 
 chaos: setup
-	$(BIN)/pytest -n 1 -m slow tests/test_chaos.py
+	$(BIN)/pytest -n 2 -m slow tests/test_chaos.py
 
 compose-test: setup
 	compose/test
