@@ -28,12 +28,12 @@ from safetensors.torch import save_file
 
 from postroad.config.algorithm import AlgorithmSection
 from postroad.config.parallel import ParallelSection
+from postroad.config.shapes import tensors_of
 from postroad_trainer.backend import BackendSettings, MegatronBackend, enter_thread
 from postroad_trainer.backend.cpu_shim import import_megatron
 from postroad_trainer.backend.parallel import initialise
 from postroad_trainer.batch import StepSettings, TrainRow
 from postroad_trainer.metrics import PEAK_FLOPS, flops_per_token
-from postroad_trainer.models.tiny import tensor_shapes
 
 BASE: dict[str, Any] = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "attention_bias": False, "attention_dropout": 0.0,
@@ -70,7 +70,7 @@ SHAPES: dict[str, dict[str, tuple[dict[str, Any], int, int, int]]] = {
 def write_model(folder: Path, values: dict[str, Any], device: str) -> None:
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
-    for name, shape in tensor_shapes(values).items():
+    for name, shape in ((each.name, each.shape) for each in tensors_of(values)):
         tensor = torch.ones(shape, device=device) if len(shape) == 1 else None
         if tensor is None:
             tensor = torch.randn(shape, generator=generator, device=device) * 0.02

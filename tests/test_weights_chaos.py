@@ -334,4 +334,6 @@ async def test_random_faults(chaos):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 async def test_many_random_faults(chaos):
-    await run(chaos, int(os.environ.get("POSTROAD_WEIGHT_FAULTS", "500")))
+    faults = int(os.environ.get("POSTROAD_WEIGHT_FAULTS", "500"))
+    await run(chaos, faults)
+    assert chaos.outcomes.total() == faults

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from postroad.command.planning import estimate, tensors_of
+from postroad.command.planning import estimate
 from postroad.config import RecipeError, load_recipe
+from postroad.config.shapes import tensors_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PARAMETERS = {"qwen3-4b": 4_022_468_096, "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560}

@@ -20,6 +20,8 @@ from postroad.messages import DeadLetter, RewardSpec, Sample, Sampling, Task, Tr
 from postroad.store import Store
 from postroad_reward.sandbox import Limits, Sandbox, SandboxUnavailable
 
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib hides the modules beside the tests
+
 HERE = Path(__file__).parent
 RUN = "r"
 

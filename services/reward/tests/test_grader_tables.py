@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import itertools
 
 import pytest
+from grader_parts import grade
 
 from postroad_reward.errors import GraderSettingsError
-from postroad_reward.graders import Attempt, check, checked_grade, find
+from postroad_reward.graders import Attempt, check
 from postroad_reward.graders import math as math_grader
-
-
-def grade(name, response, label=None, settings=None, metadata=None, tokens=0):
-    attempt = Attempt([{"role": "user", "content": "?"}], response, label, metadata or {}, tokens)
-    result = find(name).grade(attempt, check(name, settings or {}))
-
-    async def finish():
-        return await result
-
-    return checked_grade(asyncio.run(finish()) if inspect.isawaitable(result) else result)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from postroad_router.families import HARMONY, THINK, Family, ToolSyntax
 from postroad_router.text import overlap
@@ -29,10 +30,21 @@ class Delta:
     id: str = ""
 
 
-class Parser(Protocol):
-    def push(self, text: str) -> list[Delta]: ...
+class Parser(ABC):
+    """Takes text as it comes, and keeps in `_text` what is not decided yet."""
 
-    def close(self) -> list[Delta]: ...
+    _text = ""
+
+    def push(self, text: str) -> list[Delta]:
+        self._text += text
+        return self._advance(final=False)
+
+    def close(self) -> list[Delta]:
+        return self._advance(final=True)
+
+    @abstractmethod
+    def _advance(self, final: bool) -> list[Delta]:
+        """What is decided now; with `final`, everything."""
 
 
 def make_parser(family: Family, tools: Schemas | None, reasoning: bool, forced: bool = False) -> Parser:
@@ -41,7 +53,7 @@ def make_parser(family: Family, tools: Schemas | None, reasoning: bool, forced: 
     return HarmonyParser() if family.harmony and not forced else TagParser(family, tools, reasoning, forced)
 
 
-class TagParser:
+class TagParser(Parser):
     def __init__(self, family: Family, tools: Schemas | None, reasoning: bool, forced: bool = False) -> None:
         self._tools = tools
         self._syntaxes = () if tools is None else family.syntaxes
@@ -49,14 +61,7 @@ class TagParser:
         self._bare_json = tools is not None and "llama" in family.tools
         self._reasoning, self._fresh = reasoning, True  # fresh: nothing of this part has been given out
         self._thought = reasoning
-        self._text = self._space = ""
-
-    def push(self, text: str) -> list[Delta]:
-        self._text += text
-        return self._advance(final=False)
-
-    def close(self) -> list[Delta]:
-        return self._advance(final=True)
+        self._space = ""
 
     def _advance(self, final: bool) -> list[Delta]:
         deltas: list[Delta] = []
@@ -125,18 +130,11 @@ class TagParser:
         return True
 
 
-class HarmonyParser:
+class HarmonyParser(Parser):
     """gpt-oss: <|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…<|return|>."""
 
     def __init__(self) -> None:
-        self._text, self._header, self._body = "", "", False
-
-    def push(self, text: str) -> list[Delta]:
-        self._text += text
-        return self._advance(final=False)
-
-    def close(self) -> list[Delta]:
-        return self._advance(final=True)
+        self._header, self._body = "", False
 
     def _advance(self, final: bool) -> list[Delta]:
         deltas: list[Delta] = []

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from postroad.config import Environment
 from postroad.weights import Snapshot
 from postroad_trainer.ranks import Leader
+from postroad_trainer.training import DTYPE_NAMES
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 NOT_COPIED = {"model.safetensors.index.json"}
 

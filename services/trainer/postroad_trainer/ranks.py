@@ -20,7 +20,8 @@ from postroad.config import Recipe
 from postroad.messages import Sample, decode, encode
 from postroad.weights import Snapshot
 from postroad_trainer.backend import enter_thread
-from postroad_trainer.training import Training, world_size
+from postroad_trainer.backend.parallel import world_size
+from postroad_trainer.training import Training
 
 _Result = TypeVar("_Result")
 

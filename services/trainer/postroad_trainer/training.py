@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from postroad.messages import Sample
 from postroad.weights import Snapshot
 from postroad_trainer.algorithms import require_parts
 from postroad_trainer.backend import BackendSettings, MegatronBackend
+from postroad_trainer.backend.parallel import world_size
 from postroad_trainer.batch import StepResult, StepSettings, TrainRow, merged
 from postroad_trainer.conversion import Groups, rows_of, shaped_rewards, with_advantages, with_returns, without
 from postroad_trainer.critic import Critic
@@ -183,10 +183,6 @@ class Training:
         """Leave the process groups, whose threads would otherwise abort the interpreter at its end."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _leaving(

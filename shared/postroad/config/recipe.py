@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from postroad.config.algorithm import OF_GROUPS, AlgorithmSection, DottedPath, named
 from postroad.config.parallel import ParallelSection
@@ -107,6 +107,11 @@ class SGLangSection(Section):
         default_factory=dict, description="Options of sglang.launch_server, such as tp-size or mem-fraction-static."
     )
     start_deadline_s: float = Field(600.0, gt=0, description="Seconds until the server must answer its health check.")
+
+    @field_validator("options")
+    @classmethod
+    def _as_flags(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {name.replace("_", "-"): value for name, value in options.items()}
 
 
 class EngineSection(Section):

@@ -20,7 +20,7 @@ from postroad_rollout.sglang.weights import serialize
 async def serve(role: Role, environment: Environment, recipe: Recipe, stop: asyncio.Event) -> None:
     options = recipe.rollout.engine.sglang.options
     server = SGLangServer(recipe, environment, role=role)
-    ranks = int(options.get("tp-size", options.get("tp_size", 1)))
+    ranks = int(options.get("tp-size", 1))
     engine = SGLangEngine(server.url, environment.key, serialize, ranks=ranks)
     member = Membership(environment, recipe, engine)
     await member.join()

@@ -40,7 +40,7 @@ def arguments_of(
     """The server's command line: what the recipe decides, then its `rollout.engine.sglang.options` as they are."""
     engine = recipe.rollout.engine
     options = engine.sglang.options
-    if taken := sorted({name.replace("_", "-") for name in options} & set(RESERVED)):
+    if taken := sorted(options.keys() & set(RESERVED)):
         raise SGLangError(f"rollout.engine.sglang.options sets {', '.join(taken)}, which the recipe decides elsewhere")
     given: dict[str, Any] = {
         "model-path": str(environment.model), "host": environment.host, "port": port, "dtype": recipe.model.dtype,
@@ -48,7 +48,7 @@ def arguments_of(
         "max-running-requests": engine.slots, "skip-server-warmup": True, "log-level": "warning",
         "enable-return-routed-experts": recipe.rollout.routed_experts,
         "disaggregation-mode": None if role == "mixed" else role, "disaggregation-bootstrap-port": bootstrap_port,
-        **{name.replace("_", "-"): value for name, value in options.items()},
+        **options,
     }  # fmt: skip
     return flags(given)
 

@@ -14,6 +14,10 @@ from postroad_trainer.backend.determinism import make_deterministic
 from postroad_trainer.backend.settings import BackendError, BackendSettings
 
 
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def initialise(settings: BackendSettings) -> None:
     """Joins the world of RANK and WORLD_SIZE (world 1 without them) and makes megatron's groups.
 
@@ -89,7 +93,7 @@ def _share_network_thread() -> None:
 def _join(timeout: timedelta) -> None:
     _share_network_thread()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, timeout=timeout)

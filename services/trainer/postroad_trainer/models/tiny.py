@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from postroad.config.shapes import tensors_of
+
 Kind = Literal["llama", "llama_untied", "qwen3", "qwen3_moe", "qwen3_600m", "qwen3_moe_900m"]
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -118,47 +120,13 @@ def _configuration(kind: Kind, vocabulary: int) -> dict[str, Any]:
     return configuration
 
 
-def tensor_shapes(configuration: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a model with this config.json."""
-    hidden, inner, head = (configuration[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
-    query, value = configuration["num_attention_heads"] * head, configuration["num_key_value_heads"] * head
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (configuration["vocab_size"], hidden)}
-    for layer in range(configuration["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        attention, block = prefix + "self_attn.", prefix + "mlp."
-        shapes |= {
-            prefix + "input_layernorm.weight": (hidden,),
-            prefix + "post_attention_layernorm.weight": (hidden,),
-            attention + "q_proj.weight": (query, hidden),
-            attention + "k_proj.weight": (value, hidden),
-            attention + "v_proj.weight": (value, hidden),
-            attention + "o_proj.weight": (hidden, query),
-        }
-        if configuration["model_type"] != "llama":
-            shapes |= {attention + "q_norm.weight": (head,), attention + "k_norm.weight": (head,)}
-        blocks = {block: inner}
-        experts = configuration.get("num_experts")
-        if experts and layer not in configuration["mlp_only_layers"]:
-            shapes[block + "gate.weight"] = (experts, hidden)
-            blocks = {f"{block}experts.{expert}.": configuration["moe_intermediate_size"] for expert in range(experts)}
-        for name, width in blocks.items():
-            shapes |= {
-                name + "gate_proj.weight": (width, hidden),
-                name + "up_proj.weight": (width, hidden),
-                name + "down_proj.weight": (hidden, width),
-            }
-    shapes["model.norm.weight"] = (hidden,)
-    if not configuration["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (configuration["vocab_size"], hidden)
-    return shapes
-
-
 def _weights(configuration: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     """Norms 1; matrices normal, scaled by their inputs so that two or three layers already carry a signal."""
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, configuration["dtype"])
     weights = {}
-    for name, shape in tensor_shapes(configuration).items():
+    for tensor in tensors_of(configuration):
+        name, shape = tensor.name, tensor.shape
         if len(shape) == 1:
             weights[name] = torch.ones(shape, dtype=dtype)
         else:
